@@ -1,0 +1,133 @@
+"""The command line: ``aligndet <command>``, ``python -m aligndet <command>``, ``train.py`` and ``eval.py``."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import cv2
+import torch
+
+from aligndet import demo
+from aligndet.config import Config, load_config
+from aligndet.data import propose
+from aligndet.engine import distributed, predictions
+from aligndet.engine.finish import evaluate, finish, summary
+from aligndet.engine.loop import fit
+from aligndet.engine.prepare import prepare
+from aligndet.version import __version__
+from aligndet.weights import load_detector
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    commands = {"train": train, "eval": evaluate_weights, "propose": _propose, "predict": _predict, "demo": _demo}
+    parser = argparse.ArgumentParser(
+        prog="aligndet",
+        description="Pre-train whole object detectors without labels, fine-tune them with few.",
+        epilog="aligndet <command> --help shows the options of a command.",
+    )
+    parser.add_argument("--version", action="version", version=f"aligndet {__version__}")
+    parser.add_argument("command", choices=commands)
+    command = parser.parse_args(arguments[:1]).command
+    return commands[command](arguments[1:])
+
+
+def train(argv: Sequence[str] | None = None) -> int:
+    """Pre-train or fine-tune as the YAML file says; the same command again continues an interrupted run."""
+    parser = argparse.ArgumentParser(prog="train", description=train.__doc__)
+    _add_config(parser)
+    args = parser.parse_intermixed_args(argv)
+    with one_line_errors():
+        config = load_config(args.cfg, args.overrides)
+        world = _start(config)
+        try:
+            training = prepare(config, world)
+            fit(training)
+            finish(config, training)
+        finally:
+            distributed.stop(world)
+    return 0
+
+
+def evaluate_weights(argv: Sequence[str] | None = None) -> int:
+    """COCO metrics of a trained detector on data.val; writes metrics.json and predictions.json."""
+    parser = argparse.ArgumentParser(prog="eval", description=evaluate_weights.__doc__)
+    _add_config(parser)
+    parser.add_argument("--weights", required=True, help="model.pt of a fine-tuning run")
+    parser.add_argument("--per-class", action="store_true", help="print a line for each class")
+    parser.add_argument("--out", help="folder for the results; default: beside the weights, in eval/")
+    args = parser.parse_intermixed_args(argv)
+    with one_line_errors():
+        config = load_config(args.cfg, args.overrides)
+        world = _start(config)
+        try:
+            detector, classes = load_detector(args.weights)
+            folder = Path(args.out) if args.out else Path(args.weights).parent / "eval"
+            metrics = evaluate(config, detector, classes, world, folder)
+            if world.rank == 0:
+                print(summary(metrics, args.per_class))
+                print(f"{folder}: metrics.json, predictions.json")
+        finally:
+            distributed.stop(world)
+    return 0
+
+
+@contextlib.contextmanager
+def one_line_errors() -> Iterator[None]:
+    """A caller's mistake becomes one line on stderr and exit code 2; ALIGNDET_TRACEBACK=1 shows where it arose."""
+    try:
+        yield
+    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+        if os.environ.get("ALIGNDET_TRACEBACK"):
+            raise
+        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
+        # An error in a loader worker arrives wrapped in that worker's traceback; its last line is the message.
+        wrapped = any("Original Traceback" in line for line in lines)
+        message = lines[-1].partition(": ")[2] if wrapped else " ".join(lines)
+        print(f"aligndet: {message}", file=sys.stderr)
+        raise SystemExit(2) from None
+    except KeyboardInterrupt:
+        print("aligndet: interrupted; the same command continues", file=sys.stderr)
+        raise SystemExit(130) from None
+
+
+def _propose(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="aligndet propose", description="Find boxes of likely objects in images.")
+    propose.add_arguments(parser)
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        return propose.run(args)
+
+
+def _predict(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="aligndet predict", description="Detect objects in images.")
+    predictions.add_arguments(parser)
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        return predictions.run(args)
+
+
+def _demo(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="aligndet demo", description="The whole method on generated scenes.")
+    demo.add_arguments(parser)
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        return demo.run(args)
+
+
+def _add_config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--cfg", required=True, metavar="FILE.yaml", help="experiment file")
+    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the file")
+
+
+def _start(config: Config) -> distributed.World:
+    if config.threads is not None:
+        torch.set_num_threads(config.threads)
+    cv2.setNumThreads(1)
+    return distributed.start(config.device)

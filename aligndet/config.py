@@ -1,0 +1,333 @@
+"""Every knob on one page: strict YAML into frozen dataclasses, ``key.sub=value`` overrides, no inheritance.
+
+A key that does not exist, has the wrong type, or is not read by the task at hand is an error that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+TASKS = ("pretrain", "finetune", "image_domain")
+PRETRAIN, FINETUNE, IMAGE_DOMAIN = TASKS
+BOXES = (PRETRAIN, FINETUNE)
+
+
+def knob(
+    default: Any,
+    *,
+    tasks: tuple[str, ...] = TASKS,
+    choices: tuple[str, ...] = (),
+    above: float = -math.inf,
+    least: float = -math.inf,
+) -> Any:
+    """A config field: which tasks read it, its allowed values, exclusive and inclusive lower bounds of numbers."""
+    return field(default=default, metadata={"tasks": tasks, "choices": choices, "above": above, "least": least})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    detector: str = knob("fcos", tasks=BOXES)
+    backbone: str = knob("resnet50")
+    backbone_weights: str | None = knob(None)  # file in torchvision's layout, or one of our image-domain runs
+    width: float = knob(1.0, above=0)  # channel multiplier of the backbone; 1 is the published network
+    norm: str = knob("frozen", choices=("frozen", "batch", "sync"))  # batch norm of the backbone
+    frozen_stages: int = knob(1, least=0, tasks=(FINETUNE,))  # 1 = stem and first stage; pre-training freezes all
+    channels: int = knob(256, above=0, tasks=BOXES)  # of neck and head
+    convolutions: int = knob(4, least=0, tasks=BOXES)  # of each head tower
+    levels: int = knob(5, above=0, tasks=BOXES)  # pyramid levels from stride 8 on: 5 is P3 .. P7
+    score_threshold: float = knob(0.05, least=0, tasks=(FINETUNE,))  # detections below are dropped
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    images: str | None = knob(None, tasks=(PRETRAIN, IMAGE_DOMAIN))  # folder of unlabelled images
+    proposals: str | None = knob(None, tasks=(PRETRAIN,))  # file written by `aligndet propose`
+    proposals_per_image: int | None = knob(None, above=0, tasks=(PRETRAIN,))  # random subset per step; None: all
+    colour: bool = knob(True, tasks=(PRETRAIN,))  # one colour operation of nine per view
+    crop_scale: tuple[float, ...] = knob((0.2, 1.0), above=0, tasks=(IMAGE_DOMAIN,))  # area of the random crops
+    train: str | None = knob(None, tasks=(FINETUNE,))  # COCO json
+    train_images: str | None = knob(None, tasks=(FINETUNE,))  # folder; None: looked for beside the json
+    val: str | None = knob(None, tasks=(FINETUNE,))  # COCO json
+    val_images: str | None = knob(None, tasks=(FINETUNE,))
+    classes: tuple[str, ...] = knob((), tasks=(FINETUNE,))  # only these, in this order; empty: all of the file
+    labelled: int | None = knob(None, above=0, tasks=(FINETUNE,))  # train on so many images only; None: all
+    fold: int = knob(1, least=0, tasks=(FINETUNE,))  # which random subset: the seed of its draw
+    short_side: tuple[int, ...] = knob((640, 672, 704, 736, 768, 800), above=0)  # px, one drawn per image and view
+    long_side: int = knob(1333, above=0, tasks=BOXES)  # px, upper bound
+    eval_short_side: int = knob(800, above=0, tasks=(FINETUNE,))  # px
+    flip: float = knob(0.5, least=0)  # probability of the horizontal flip
+    on_error: str = knob("skip", choices=("skip", "fail"))  # unreadable image: count and replace it, or stop
+    workers: int = knob(2, least=0)  # loader processes per rank
+
+
+@dataclass(frozen=True)
+class MethodConfig:
+    temperature: float = knob(0.5, above=0, tasks=(PRETRAIN,))  # method 2.6
+    embedding: int = knob(256, above=0, tasks=(PRETRAIN,))  # D, outputs of the projection
+    candidates: int = knob(2048, above=0, tasks=(PRETRAIN,))  # most candidates per view, positives first
+    scope: str = knob("batch", choices=("batch", "image"), tasks=(PRETRAIN,))  # `candidates` counts per batch or image
+    background: float = knob(0.0, least=0, tasks=(PRETRAIN,))  # share of `candidates` kept free for background
+    momentum: float = knob(0.996, least=0, tasks=(PRETRAIN,))  # EMA at step 0, to 1 by a cosine (method 2.1)
+    contrast: float = knob(1.0, least=0, tasks=(PRETRAIN,))  # weight of the box-contrastive loss; 0: not computed
+    localization: float = knob(1.0, least=0, tasks=(PRETRAIN,))  # weight of the detector's own box losses
+    projection: int = knob(2048, above=0, tasks=(IMAGE_DOMAIN,))  # SimSiam: outputs of the projector
+    bottleneck: int = knob(512, above=0, tasks=(IMAGE_DOMAIN,))  # SimSiam: hidden width of the predictor
+    keep_predictors: bool = knob(True, tasks=(FINETUNE,))  # hand over box and centerness layers (method 7, row 4)
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    name: str = knob("sgd", choices=("sgd", "adamw"))
+    lr: float = knob(0.01, above=0)  # for the whole `batch`
+    backbone_lr: float = knob(1.0, least=0, tasks=(FINETUNE,))  # factor on lr for the backbone
+    weight_decay: float = knob(1e-4, least=0)
+    norm_weight_decay: bool = knob(True)  # decay the affine parameters of norm layers too
+    bias_lr: float = knob(1.0, least=0)  # factor on lr for biases of other layers (FCOS fine-tuning: 2)
+    bias_weight_decay: float = knob(1.0, least=0)  # factor on weight_decay for them (FCOS fine-tuning: 0)
+    momentum: float = knob(0.9, least=0)  # SGD only
+    batch: int = knob(16, above=0)  # images per optimizer step, over all ranks and accumulation steps
+    accumulate: int = knob(1, above=0)  # forward passes per optimizer step
+    epochs: int | None = knob(None, above=0)  # length of the run: either this ...
+    steps: int | None = knob(None, above=0)  # ... or this
+    schedule: str = knob("step", choices=("step", "cosine"))
+    milestones: tuple[int, ...] = knob((), above=0)  # in epochs or steps, as the length; lr x 0.1 at each
+    warmup: int = knob(500, least=0)  # steps, linear
+    warmup_ratio: float = knob(0.001, least=0)  # of lr at step 0
+    clip: float | None = knob(None, above=0)  # largest L2 norm of the gradient
+    amp: str = knob("off", choices=("off", "bf16", "fp16"))
+
+
+@dataclass(frozen=True)
+class Config:
+    task: str = knob("pretrain", choices=TASKS)
+    run: str = knob("")  # folder of logs, checkpoints and results; repeating the command resumes it
+    seed: int = knob(0, least=0)
+    weights: str | None = knob(None, tasks=(FINETUNE,))  # our pre-trained detector to start from
+    device: str = knob("auto", choices=("auto", "cpu", "cuda"))
+    threads: int | None = knob(None, above=0)  # CPU threads per rank; None: torch's default
+    log_every: int = knob(10, above=0)  # steps
+    save_every: int = knob(500, above=0)  # steps
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    method: MethodConfig = field(default_factory=MethodConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+
+
+def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+    """The config of a YAML file with ``key.sub=value`` overrides on top.
+
+    Values of overrides are read as YAML (``data.short_side=[256, 320]``, ``optim.clip=null``).
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not a YAML mapping, or a key is unknown, has the wrong type or an impossible value.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"config {path}: no such file")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if tree is None:
+        tree = {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"config {path}: want a mapping of keys to values, got {type(tree).__name__}")
+    for override in overrides:
+        _override(tree, override)
+    try:
+        return from_dict(tree)
+    except ValueError as error:
+        raise ValueError(f"config {path}: {error}") from None
+
+
+def from_dict(tree: Mapping[str, Any]) -> Config:
+    """A checked Config from nested plain values, as ``to_dict`` or YAML gives them; unnamed keys take their defaults."""
+    config = _build(Config, tree, "")
+    _check_task(config, tree)
+    _check_combinations(config)
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The config as nested plain values that YAML, JSON and ``from_dict`` understand: keys of its task only."""
+    return _plain(config, config.task)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """``key: old -> new`` for every key in which two ``to_dict`` results differ."""
+    lines = []
+    for key in sorted(set(old) | set(new)):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += [f"{key}.{line}" for line in differences(before, after)]
+        elif before != after:
+            lines.append(f"{key}: {before!r} -> {after!r}")
+    return lines
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        raise ValueError(f"override {override!r}: want key=value or key.sub=value")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError:
+        raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
+    section, dot, name = key.strip().partition(".")
+    if not dot:
+        tree[section] = value
+        return
+    branch = tree.setdefault(section, {})
+    if not isinstance(branch, dict):
+        raise ValueError(f"override {override!r}: {section} is not a section with keys of its own")
+    branch[name] = value
+
+
+def _build(kind: type, tree: Any, prefix: str) -> Any:
+    if not isinstance(tree, Mapping):
+        raise ValueError(f"{prefix.rstrip('.') or 'file'}: want keys and values, got {tree!r}")
+    hints = typing.get_type_hints(kind)
+    known = {item.name: item for item in dataclasses.fields(kind)}
+    values = {}
+    for key, value in tree.items():
+        if key not in known:
+            raise ValueError(_unknown(f"{prefix}{key}"))
+        if dataclasses.is_dataclass(hints[key]):
+            values[key] = _build(typing.cast(type, hints[key]), value, f"{key}.")
+        else:
+            values[key] = _checked(value, hints[key], known[key].metadata, f"{prefix}{key}")
+    return kind(**values)
+
+
+def _unknown(key: str) -> str:
+    names = list(_leaves())
+    near = difflib.get_close_matches(key, names, n=1, cutoff=0.0)
+    # A key that is right but stands in the wrong section is nearest by its last part.
+    same_name = [name for name in names if name.rpartition(".")[2] == key.rpartition(".")[2]]
+    return f"unknown key {key!r}; the nearest valid key is {(same_name or near)[0]!r}"
+
+
+def _leaves() -> dict[str, Mapping[str, Any]]:
+    found: dict[str, Mapping[str, Any]] = {}
+    for name, hint in typing.get_type_hints(Config).items():
+        if dataclasses.is_dataclass(hint):
+            found |= {f"{name}.{item.name}": item.metadata for item in dataclasses.fields(hint)}
+        else:
+            found[name] = next(item.metadata for item in dataclasses.fields(Config) if item.name == name)
+    return found
+
+
+def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], key: str) -> Any:
+    options = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
+    if value is None and type(None) in options:
+        return None
+    want = next(option for option in options if option is not type(None))
+    converted = _converted(value, want)
+    if converted is None:
+        raise ValueError(f"{key}: want {_describe(hint)}, got {value!r}")
+    if metadata["choices"] and converted not in metadata["choices"]:
+        near = difflib.get_close_matches(str(converted), metadata["choices"], n=1, cutoff=0.4)
+        hint_text = f"; did you mean {near[0]!r}?" if near else ""
+        raise ValueError(f"{key}: want one of {', '.join(metadata['choices'])}, got {converted!r}{hint_text}")
+    for number in converted if isinstance(converted, tuple) else (converted,):
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            above, least = metadata["above"], metadata["least"]
+            if not (above < number < math.inf and least <= number):
+                bound = f"above {above:g}" if math.isfinite(above) else f"of at least {least:g}"
+                raise ValueError(f"{key}: want a finite number {bound}, got {number!r}")
+    return converted
+
+
+def _converted(value: Any, want: Any) -> Any:
+    """The value as ``want``, or None where it is of another type; YAML reads 1e-3 as text, so numbers may be text."""
+    if typing.get_origin(want) is tuple:
+        if not isinstance(value, (list, tuple)):
+            value = [value]
+        items = tuple(_converted(item, typing.get_args(want)[0]) for item in value)
+        return None if any(item is None for item in items) else items
+    if want is float and isinstance(value, (int, float, str)) and not isinstance(value, bool):
+        try:
+            return float(value)
+        except ValueError:
+            return None
+    return value if type(value) is want else None
+
+
+def _describe(hint: Any) -> str:
+    names = {int: "a whole number", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    if isinstance(hint, types.UnionType):
+        return " or ".join(_describe(option) for option in typing.get_args(hint))
+    if typing.get_origin(hint) is tuple:
+        return f"a list ({_describe(typing.get_args(hint)[0])} each)"
+    return names[hint]
+
+
+def _check_task(config: Config, tree: Mapping[str, Any]) -> None:
+    """Refuse keys that are set although the task never reads them: an option that does nothing is a mistake."""
+    for key, metadata in _leaves().items():
+        section, _, name = key.rpartition(".")
+        branch = tree.get(section, {}) if section else tree
+        if name in branch and config.task not in metadata["tasks"]:
+            raise ValueError(f"{key}: not read by task {config.task}, only by {', '.join(metadata['tasks'])}; remove it")
+
+
+def _check_combinations(config: Config) -> None:
+    optim, data = config.optim, config.data
+    if not config.run:
+        raise ValueError("run: want the folder for logs and checkpoints, for example run=runs/first")
+    if (optim.epochs is None) == (optim.steps is None):
+        raise ValueError("optim.epochs, optim.steps: want exactly one of the two")
+    length = optim.epochs or optim.steps or 0
+    if any(b <= a for a, b in zip(optim.milestones, optim.milestones[1:], strict=False)):
+        raise ValueError(f"optim.milestones: want an ascending list, got {list(optim.milestones)}")
+    if optim.milestones and optim.milestones[-1] >= length:
+        raise ValueError(f"optim.milestones: want all below the length of {length}, got {list(optim.milestones)}")
+    if optim.milestones and optim.schedule == "cosine":
+        raise ValueError("optim.milestones: not read by schedule cosine; remove them or take schedule step")
+    if optim.batch % optim.accumulate:
+        raise ValueError(f"optim.accumulate: want a divisor of optim.batch {optim.batch}, got {optim.accumulate}")
+    if not data.short_side:
+        raise ValueError("data.short_side: want at least one size")
+    if config.task != IMAGE_DOMAIN and max(data.short_side) > data.long_side:
+        raise ValueError(f"data.long_side: want at least the largest short side {max(data.short_side)}, got {data.long_side}")
+    if not 0 <= data.flip <= 1:
+        raise ValueError(f"data.flip: want a probability in 0 .. 1, got {data.flip}")
+    _check_task_combinations(config)
+
+
+def _check_task_combinations(config: Config) -> None:
+    data, method = config.data, config.method
+    needed = {PRETRAIN: ("images", "proposals"), IMAGE_DOMAIN: ("images",), FINETUNE: ("train",)}[config.task]
+    for name in needed:
+        if getattr(data, name) is None:
+            raise ValueError(f"data.{name}: task {config.task} needs it")
+    if config.task == PRETRAIN:
+        if method.contrast < 0 or method.localization < 0 or not method.contrast + method.localization > 0:
+            raise ValueError("method.contrast, method.localization: want weights >= 0 of which one is above 0")
+        if not 0 <= method.momentum <= 1 or not 0 <= method.background <= 1:
+            raise ValueError("method.momentum, method.background: want numbers in 0 .. 1")
+    if config.task == IMAGE_DOMAIN and (len(data.crop_scale) != 2 or not data.crop_scale[0] <= data.crop_scale[1] <= 1):
+        raise ValueError(f"data.crop_scale: want two ascending shares in 0 .. 1, got {list(data.crop_scale)}")
+    if config.task == FINETUNE and config.weights and config.model.backbone_weights:
+        raise ValueError("weights, model.backbone_weights: want one of the two; weights contain a backbone already")
+    if config.task == FINETUNE and not method.keep_predictors and not config.weights:
+        raise ValueError("method.keep_predictors: has no effect without weights")
+
+
+def _plain(value: Any, task: str) -> Any:
+    if dataclasses.is_dataclass(value):
+        items = dataclasses.fields(value)
+        read = [item for item in items if task in item.metadata.get("tasks", TASKS)]
+        return {item.name: _plain(getattr(value, item.name), task) for item in read}
+    return list(value) if isinstance(value, tuple) else value

@@ -1,0 +1,94 @@
+"""What a run leaves behind: exported weights, predictions and metrics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from torch.utils.data import DataLoader, Subset
+
+from aligndet import config as settings
+from aligndet.config import Config
+from aligndet.data.batch import collate
+from aligndet.data.coco import find_images, load_coco
+from aligndet.data.labelled import LabelledImages
+from aligndet.engine import checkpoint
+from aligndet.engine.distributed import World, barrier
+from aligndet.engine.evaluate import coco_metrics, evaluate_detector, save_predictions
+from aligndet.engine.loop import Training
+from aligndet.engine.prepare import detector_arguments, training_annotations
+from aligndet.protocol import Detector
+from aligndet.weights import export_detector, export_pretrained
+
+
+def finish(config: Config, training: Training) -> Path:
+    """Write the result of a complete run: its weights and, where ``data.val`` is set, metrics and predictions.
+
+    Returns:
+        The weights: ``pretrained.pt``, ``model.pt`` or ``backbone.pt`` in the run folder.
+    """
+    names = {settings.PRETRAIN: "pretrained.pt", settings.FINETUNE: "model.pt", settings.IMAGE_DOMAIN: "backbone.pt"}
+    path = training.folder / names[config.task]
+    if training.world.rank == 0:
+        checkpoint.save(path, _export(config, training) | {"config": training.config, "versions": checkpoint.versions()})
+        training.log.note(f"{path}: written after {training.steps} steps, {training.skipped} images skipped")
+    if config.task == settings.FINETUNE and config.data.val is not None:
+        annotations, _, _ = training_annotations(config)
+        metrics = evaluate(config, training.model.detector, annotations.class_names, training.world, training.folder)
+        if training.world.rank == 0:
+            training.log.note(summary(metrics))
+    barrier(training.world)
+    return path
+
+
+def evaluate(
+    config: Config, detector: Detector, classes: Sequence[str], world: World, folder: Path
+) -> dict[str, Any]:
+    """COCO metrics of a detector on ``data.val``; writes ``metrics.json`` and ``predictions.json`` into ``folder``.
+
+    Returns:
+        The metrics of ``coco_metrics`` with per-class results, on every rank.
+    """
+    data = config.data
+    if data.val is None:
+        raise ValueError("data.val: evaluation needs it, a COCO json")
+    annotations = load_coco(data.val, classes=classes)
+    root = find_images(data.val, data.val_images, annotations.file_names)
+    dataset = LabelledImages(
+        annotations, root, short_sides=(data.eval_short_side,), long_side=data.long_side, on_error=data.on_error, train=False
+    )
+    share = Subset(dataset, range(world.rank, len(dataset), world.size))
+    loader = DataLoader(share, batch_size=1, collate_fn=collate, num_workers=data.workers)
+    detections = evaluate_detector(detector.to(world.device), loader, world, amp=config.optim.amp)
+    metrics = coco_metrics(data.val, detections, classes=classes, per_class=True)
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        save_predictions(folder / "predictions.json", data.val, detections, classes=classes)
+    return metrics
+
+
+def summary(metrics: dict[str, Any], per_class: bool = False) -> str:
+    """Metrics as a small table, in per cent."""
+    names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
+    lines = ["  ".join(f"{name} {100 * metrics[name]:.1f}" for name in names)]
+    if per_class:
+        width = max(len(name) for name in metrics["classes"])
+        lines += [
+            f"{name:{width}}  AP {100 * row['AP']:5.1f}  AP50 {100 * row['AP50']:5.1f}"
+            for name, row in metrics["classes"].items()
+        ]
+    return "\n".join(lines)
+
+
+def _export(config: Config, training: Training) -> dict[str, Any]:
+    model = training.model
+    if config.task == settings.PRETRAIN:
+        return export_pretrained(model)
+    if config.task == settings.FINETUNE:
+        annotations, _, _ = training_annotations(config)
+        build = detector_arguments(config.model, len(annotations.class_names))
+        return export_detector(model.detector, annotations.class_names, build)
+    return {"kind": "backbone", "format": 1, "backbone": {k: v.cpu() for k, v in model.backbone.state_dict().items()}}

@@ -1,0 +1,272 @@
+"""From a config to all that a run needs: data, model, optimizer, and the checkpoint to continue from."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from torch import nn
+
+from aligndet import config as settings
+from aligndet.config import Config, ModelConfig
+from aligndet.data.batch import collate, collate_views
+from aligndet.data.coco import CocoAnnotations, find_images, load_coco
+from aligndet.data.crops import CropPairs
+from aligndet.data.folder import list_images
+from aligndet.data.labelled import LabelledImages
+from aligndet.data.proposals import open_proposals
+from aligndet.data.splits import choose_labelled
+from aligndet.data.stream import StepSampler, loader
+from aligndet.data.views import ViewPairs
+from aligndet.engine import checkpoint
+from aligndet.engine.distributed import World
+from aligndet.engine.ema import EMA
+from aligndet.engine.log import Log
+from aligndet.engine.loop import Training, resume
+from aligndet.engine.optim import build_optimizer, parameter_table
+from aligndet.engine.schedules import learning_rate_factor, momentum_at
+from aligndet.finetune import FineTune
+from aligndet.image_domain.simsiam import SimSiam
+from aligndet.models import build_detector
+from aligndet.models.backbones import build_backbone
+from aligndet.pretrain import AlignDet
+from aligndet.structures import Batch
+from aligndet.weights import load_backbone, load_pretrained
+
+# Keys that may change between a run and its continuation: they say where and how often, not what is computed.
+FREE_KEYS = ("run:", "device:", "threads:", "log_every:", "save_every:", "data.workers:")
+
+
+def prepare(config: Config, world: World) -> Training:
+    """Everything that ``fit`` needs for the run of ``config``, continued where its run folder left off.
+
+    Raises:
+        ValueError, FileNotFoundError: data, weights or checkpoint do not serve; nothing has been written then except
+            the run folder with its config.
+    """
+    torch.manual_seed(config.seed)
+    folder = _open_run(config, world)
+    log = Log(folder, world)
+    build = {settings.PRETRAIN: _pretraining, settings.FINETUNE: _fine_tuning, settings.IMAGE_DOMAIN: _image_domain}
+    stage = build[config.task](config, log)
+    stage.model.to(world.device)
+    log.note(parameter_table(stage.model))
+    training = _training(config, world, log, folder, stage)
+    # Each rank samples its own candidates; the weights above were drawn alike.
+    torch.manual_seed(config.seed + world.rank)
+    resume(training)
+    log.truncate(training.start)
+    if training.start:
+        log.note(f"{folder}: continues at step {training.start} of {training.steps}")
+    sampler = StepSampler(
+        len(stage.dataset),
+        batch=config.optim.batch,
+        accumulate=config.optim.accumulate,
+        rank=world.rank,
+        world=world.size,
+        seed=config.seed,
+        start_step=training.start,
+        steps=training.steps,
+    )
+    training.loader = loader(stage.dataset, sampler, stage.join, config.data.workers, world.device.type == "cuda")
+    return training
+
+
+def detector_arguments(model: ModelConfig, num_classes: int) -> dict[str, Any]:
+    """The arguments of ``build_detector`` that a config stands for."""
+    return {
+        "name": model.detector,
+        "backbone": model.backbone,
+        "num_classes": num_classes,
+        "channels": model.channels,
+        "convolutions": model.convolutions,
+        "levels": model.levels,
+        "width": model.width,
+        "norm": model.norm,
+        "frozen_stages": model.frozen_stages,
+        "score_threshold": model.score_threshold,
+    }
+
+
+def training_annotations(config: Config) -> tuple[CocoAnnotations, Path, np.ndarray]:
+    """The labels of ``data.train``, their image folder, and the rows of the images that are trained on."""
+    data = config.data
+    assert data.train is not None
+    annotations = load_coco(data.train, classes=data.classes)
+    root = find_images(data.train, data.train_images, annotations.file_names)
+    number = len(annotations.file_names)
+    if data.labelled is not None and data.labelled > number:
+        raise ValueError(f"data.labelled: want at most the {number} images of {data.train}, got {data.labelled}")
+    rows = np.arange(number) if data.labelled is None else choose_labelled(number, data.labelled, data.fold)
+    return annotations, root, rows
+
+
+@dataclass(frozen=True)
+class Stage:
+    """What differs between the three tasks: data, the function that joins samples to batches, and the model."""
+
+    dataset: ViewPairs | LabelledImages | CropPairs
+    join: Callable[[list[Any]], tuple[Batch, ...]]
+    model: nn.Module
+    backbone: nn.Module
+    ema: EMA | None = None
+
+
+def _pretraining(config: Config, log: Log) -> Stage:
+    data, method = config.data, config.method
+    assert data.images is not None and data.proposals is not None
+    dataset = ViewPairs(
+        data.images,
+        open_proposals(data.proposals),
+        short_sides=data.short_side,
+        long_side=data.long_side,
+        flip=data.flip,
+        colour=data.colour,
+        proposals_per_image=data.proposals_per_image,
+        on_error=data.on_error,
+        seed=config.seed,
+    )
+    log.note(f"{data.proposals}: {len(dataset)} images with proposals, {dataset.without_proposals} without are left out")
+    detector = build_detector(**detector_arguments(config.model, num_classes=1))
+    if config.model.backbone_weights is None:
+        log.warning(0, "model.backbone_weights is not set: the frozen backbone has random weights")
+    else:
+        log.note(str(load_backbone(detector, config.model.backbone_weights)))
+    model = AlignDet(
+        detector,
+        embedding=method.embedding,
+        candidates=method.candidates,
+        scope=method.scope,
+        background=method.background,
+        temperature=method.temperature,
+        contrast=method.contrast,
+        localization=method.localization,
+    )
+    return Stage(dataset, collate_views, model, detector.backbone, _momentum_branch(model))
+
+
+def _fine_tuning(config: Config, log: Log) -> Stage:
+    data = config.data
+    annotations, root, rows = training_annotations(config)
+    dataset = LabelledImages(
+        annotations,
+        root,
+        short_sides=data.short_side,
+        long_side=data.long_side,
+        flip=data.flip,
+        on_error=data.on_error,
+        seed=config.seed,
+        rows=rows,
+    )
+    log.note(f"{data.train}: {len(dataset)} labelled images, {dataset.without_boxes} without boxes are left out")
+    for line in annotations.report_lines():
+        log.warning(0, line)
+    detector = build_detector(**detector_arguments(config.model, len(annotations.class_names)))
+    if config.weights is not None:
+        log.note(str(load_pretrained(detector, config.weights, keep_predictors=config.method.keep_predictors)))
+    elif config.model.backbone_weights is not None:
+        log.note(str(load_backbone(detector, config.model.backbone_weights)))
+    else:
+        log.warning(0, "neither weights nor model.backbone_weights is set: everything starts from random weights")
+    return Stage(dataset, _single, FineTune(detector), detector.backbone)
+
+
+def _image_domain(config: Config, log: Log) -> Stage:
+    data = config.data
+    assert data.images is not None
+    dataset = CropPairs(
+        data.images,
+        list_images(data.images),
+        size=max(data.short_side),
+        scale=(data.crop_scale[0], data.crop_scale[1]),
+        flip=data.flip,
+        on_error=data.on_error,
+        seed=config.seed,
+    )
+    log.note(f"{data.images}: {len(dataset)} images")
+    backbone = build_backbone(config.model.backbone, width=config.model.width, norm=config.model.norm, frozen_stages=0)
+    if config.model.backbone_weights is not None:
+        log.note(str(load_backbone(nn.ModuleDict({"backbone": backbone}), config.model.backbone_weights)))
+    model = SimSiam(backbone, projection=config.method.projection, bottleneck=config.method.bottleneck)
+    return Stage(dataset, collate_views, model, backbone)
+
+
+def _training(config: Config, world: World, log: Log, folder: Path, stage: Stage) -> Training:
+    optim = config.optim
+    per_epoch = math.ceil(len(stage.dataset) / optim.batch)
+    unit = 1 if optim.steps else per_epoch
+    steps = optim.steps or per_epoch * (optim.epochs or 0)
+    optimizer = build_optimizer(
+        stage.model,
+        name=optim.name,
+        lr=optim.lr,
+        weight_decay=optim.weight_decay,
+        momentum=optim.momentum,
+        backbone=stage.backbone,
+        backbone_lr=optim.backbone_lr,
+        norm_weight_decay=optim.norm_weight_decay,
+        bias_lr=optim.bias_lr,
+        bias_weight_decay=optim.bias_weight_decay,
+    )
+    factor = partial(
+        learning_rate_factor,
+        steps=steps,
+        schedule=optim.schedule,
+        milestones=tuple(unit * milestone for milestone in optim.milestones),
+        warmup=optim.warmup,
+        warmup_ratio=optim.warmup_ratio,
+    )
+    return Training(
+        model=stage.model,
+        optimizer=optimizer,
+        steps=steps,
+        learning_rate=lambda step: optim.lr * factor(step),
+        ema=stage.ema,
+        momentum=partial(momentum_at, steps=steps, start=config.method.momentum),
+        log=log,
+        folder=folder,
+        world=world,
+        config=settings.to_dict(config),
+        accumulate=optim.accumulate,
+        clip=optim.clip,
+        amp=optim.amp,
+        log_every=config.log_every,
+        save_every=config.save_every,
+    )
+
+
+def _momentum_branch(model: AlignDet) -> EMA | None:
+    return None if model.momentum is None else EMA(model.online, model.momentum)
+
+
+def _single(samples: list[Any]) -> tuple[Batch]:
+    return (collate(samples),)
+
+
+def _open_run(config: Config, world: World) -> Path:
+    """Make the run folder, refuse one that holds another run, and write the resolved config there."""
+    folder = Path(config.run)
+    path = folder / "config.yaml"
+    plain = settings.to_dict(config)
+    if (folder / "checkpoint.pt").exists():
+        old = checkpoint.load(folder / "checkpoint.pt").get("config", {})
+        changed = [line for line in settings.differences(old, plain) if not line.startswith(FREE_KEYS)]
+        if changed:
+            raise ValueError(
+                f"run {folder}: holds a run with another config ({'; '.join(changed)}); "
+                "take another run folder, or delete this one to start afresh"
+            )
+    if world.rank == 0:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            path.write_text(yaml.safe_dump(plain, sort_keys=False))
+        except OSError as error:
+            raise ValueError(f"run {folder}: cannot write there: {error}") from None
+    return folder

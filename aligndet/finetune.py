@@ -1,0 +1,27 @@
+"""Fine-tuning: the detector learns from labelled images; twin of ``pretrain.py``."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from aligndet.protocol import Detector
+from aligndet.structures import Batch
+
+
+class FineTune(nn.Module):
+    """A detector and labelled images -> losses.
+
+    Args:
+        detector: any detector of the protocol; what of it is frozen is its own affair.
+    """
+
+    def __init__(self, detector: Detector) -> None:
+        super().__init__()
+        self.detector = detector
+
+    def forward(self, batch: Batch) -> dict[str, Tensor]:
+        """The losses of a batch; scalars with a graph, also for images without boxes."""
+        features = self.detector.features(batch.images, batch.sizes)
+        candidates = self.detector.candidates(features, batch.sizes, batch.targets)
+        losses = self.detector.localization_loss(candidates, batch.targets)
+        return losses | self.detector.classification_loss(candidates, batch.targets)

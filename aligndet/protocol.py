@@ -1,0 +1,93 @@
+"""All that the method may ask of a detector.
+
+Pre-training, fine-tuning, resume, DDP and evaluation work through this page alone: a detector that implements the five
+abstract methods gets all of them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from aligndet.structures import Candidates, Detections, Targets
+
+# (matched int64 [N], image int64 [N]) -> int64 [n], the rows that are kept
+Sampler = Callable[[Tensor, Tensor], Tensor]
+
+
+class Detector(nn.Module, ABC):
+    """A detector: ``features -> candidates -> losses or detections``. Abstract; every subclass is final.
+
+    Attributes:
+        backbone: ``[B, 3, H, W] -> list of [B, C_l, H_l, W_l]``, fine to coarse.
+        predictors: the task layers and only they: "score", "box", "centerness", "mask", "embedding". A detector fills
+            ``Candidates.scores`` and ``Candidates.embeddings`` exactly when it has a layer of that name.
+        pixel_mean, pixel_std: RGB normalisation in units of 0 .. 255.
+        size_divisor: images are padded to a multiple of it, px.
+        sample: which of the matched candidates to keep; None keeps all. Asked once per call of ``candidates`` with
+            targets, before any embedding is computed, so that only kept candidates pay for one.
+        localizes: False says that nobody will read the box outputs; a detector whose assignment does not depend on them
+            may then leave them out.
+    """
+
+    backbone: nn.Module
+    predictors: nn.ModuleDict
+    pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
+    pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
+    size_divisor: int = 32
+    score_threshold: float = 0.05
+    sample: Sampler | None = None
+    localizes: bool = True
+
+    @abstractmethod
+    def score_layer(self, width: int, hidden: bool = False) -> nn.Module:
+        """A new classification layer with ``width`` outputs on the features that "score" reads.
+
+        With ``hidden`` it has one hidden layer with ReLU: the projection g of the paper (method section 2.4).
+        """
+
+    @abstractmethod
+    def candidates(self, features: list[Tensor], sizes: Tensor, targets: Targets | None = None) -> Candidates:
+        """Neck, head and, with ``targets``, assignment.
+
+        Args:
+            features: the backbone's outputs.
+            sizes: int64 [B, 2], (height, width) px of the images inside the padded tensor.
+            targets: boxes to match the candidates to; None at test time.
+        """
+
+    @abstractmethod
+    def localization_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
+        """The losses that need no class labels: box, centerness, RPN, mask; scalars with a graph, also without boxes."""
+
+    @abstractmethod
+    def classification_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
+        """The losses that need class labels; scalars with a graph, also without boxes."""
+
+    @abstractmethod
+    def detect(self, candidates: Candidates, sizes: Tensor) -> list[Detections]:
+        """Threshold, suppress, rank: one Detections per image, boxes in px of the batch tensor, clipped to ``sizes``."""
+
+    def features(self, images: Tensor, sizes: Tensor) -> list[Tensor]:
+        """The backbone's outputs for uint8 images [B, 3, H, W] of the given ``sizes`` int64 [B, 2]."""
+        return list(self.backbone(normalise(images, sizes, self.pixel_mean, self.pixel_std)))
+
+
+def normalise(images: Tensor, sizes: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """``(images - mean) / std`` in float32, with exact zeros in the padding.
+
+    Args:
+        images: uint8 (or float) [B, 3, H, W] RGB in 0 .. 255.
+        sizes: int64 [B, 2], (height, width) px of each image inside the padded tensor.
+        mean, std: three numbers each, in units of 0 .. 255.
+    """
+    offset = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
+    scale = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
+    height, width = images.shape[-2:]
+    rows = torch.arange(height, device=images.device) < sizes[:, :1]  # [B, H]
+    columns = torch.arange(width, device=images.device) < sizes[:, 1:]  # [B, W]
+    inside = rows[:, None, :, None] & columns[:, None, None, :]  # [B, 1, H, W]
+    return (images.float() - offset) / scale * inside

@@ -1,0 +1,166 @@
+"""The values that travel through the pipeline; plain tensors, no behaviour that depends on a model.
+
+Letters: B images, N candidates, M boxes, K classes, D embedding width, H W pixels. Boxes are ``x0, y0, x1, y1`` in
+px, half-open (width = x1 - x0). Sizes are ``(height, width)`` in px.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor
+
+BACKGROUND, IGNORED = -1, -2
+
+
+@dataclass(frozen=True)
+class Targets:
+    """The boxes of a batch, one row per box, images one after another.
+
+    Attributes:
+        boxes: float32 [M, 4] xyxy px of the padded batch tensor, x0 < x1 and y0 < y1.
+        labels: int64 [M], what: 0 .. K-1 (pre-training: 0, or the cluster of the proposal).
+        ids: int64 [M], which: unique in the batch; equal ids in two views are the same box.
+        image: int64 [M], 0 .. B-1, ascending.
+        masks: bool [M, H, W] or None where the data has none.
+    """
+
+    boxes: Tensor
+    labels: Tensor
+    ids: Tensor
+    image: Tensor
+    masks: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
+        """The same targets on ``device``."""
+        return Targets(*(_moved(getattr(self, field.name), device, non_blocking) for field in fields(self)))
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What a detector proposes: points, anchors, RoIs or queries, flattened over the batch.
+
+    Each detector returns its own frozen subclass with the fields its losses need.
+
+    Attributes:
+        scores: float [N, K'], output of ``predictors["score"]`` (class logits); None while that layer is absent.
+        embeddings: float [N, D], output of ``predictors["embedding"]``; None while that layer is absent.
+        image: int64 [N], 0 .. B-1.
+        matched: int64 [N], row of the Targets, BACKGROUND or IGNORED; None without targets.
+    """
+
+    scores: Tensor | None
+    embeddings: Tensor | None
+    image: Tensor
+    matched: Tensor | None
+
+    def box_ids(self, targets: Targets) -> Tensor:
+        """The id of the box that each candidate was matched to: int64 [N], BACKGROUND or IGNORED where there is none.
+
+        Raises:
+            ValueError: the candidates were computed without targets.
+        """
+        if self.matched is None:
+            raise ValueError("candidates without targets have no box ids; pass targets to Detector.candidates")
+        # Rows -1 and -2 of this table are BACKGROUND and IGNORED: indexing needs no masks and works without boxes.
+        table = torch.cat([targets.ids, targets.ids.new_tensor([IGNORED, BACKGROUND])])  # [M + 2]
+        return table[self.matched]
+
+
+@dataclass(frozen=True)
+class Detections:
+    """The detections of one image, best first.
+
+    Attributes:
+        boxes: float32 [n, 4] xyxy px (of the original image, unless a function says otherwise).
+        scores: float32 [n] in 0 .. 1, descending.
+        labels: int64 [n], 0 .. K-1.
+        masks: bool [n, H, W] or None for detectors without masks.
+    """
+
+    boxes: Tensor
+    scores: Tensor
+    labels: Tensor
+    masks: Tensor | None = None
+
+    def __len__(self) -> int:
+        return len(self.boxes)
+
+    def to(self, device: torch.device | str) -> Detections:
+        """The same detections on ``device``."""
+        return Detections(*(_moved(getattr(self, field.name), device, False) for field in fields(self)))
+
+    def resized(self, size: tuple[int, int], original: tuple[int, int]) -> Detections:
+        """Boxes carried from an image resized to ``size`` back to its ``original`` size, clipped to it.
+
+        Both sizes are (height, width) px. Width and height have factors of their own, since each was rounded.
+        Masks are not resized: a detector with masks pastes them at the original size itself.
+        """
+        height, width = original
+        factors = self.boxes.new_tensor([width / size[1], height / size[0]]).repeat(2)
+        limits = self.boxes.new_tensor([width, height]).repeat(2)
+        boxes = torch.minimum((self.boxes * factors).clamp(min=0), limits)
+        return replace(self, boxes=boxes)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Images of one step with their boxes.
+
+    Attributes:
+        images: uint8 [B, 3, H, W] RGB, zero-padded at the bottom and right.
+        sizes: int64 [B, 2], (height, width) px of each image inside the padded tensor.
+        original_sizes: int64 [B, 2], (height, width) px of the files.
+        image_ids: the B ids of the annotation file (pre-training: rows of the proposal file).
+        targets: the boxes; empty for unlabelled images.
+        skipped: one line for each image that could not be read and was replaced by the next one.
+    """
+
+    images: Tensor
+    sizes: Tensor
+    original_sizes: Tensor
+    image_ids: tuple[int, ...]
+    targets: Targets
+    skipped: tuple[str, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+        """The same batch on ``device``; images stay uint8 and are normalised there."""
+        return replace(
+            self,
+            images=self.images.to(device, non_blocking=non_blocking),
+            sizes=self.sizes.to(device, non_blocking=non_blocking),
+            original_sizes=self.original_sizes.to(device, non_blocking=non_blocking),
+            targets=self.targets.to(device, non_blocking),
+        )
+
+    def pin_memory(self) -> Batch:
+        """The same batch in page-locked memory; called by ``DataLoader(pin_memory=True)``."""
+        targets = Targets(*(_pinned(getattr(self.targets, field.name)) for field in fields(self.targets)))
+        return replace(
+            self,
+            images=self.images.pin_memory(),
+            sizes=self.sizes.pin_memory(),
+            original_sizes=self.original_sizes.pin_memory(),
+            targets=targets,
+        )
+
+
+def no_targets(device: torch.device | str = "cpu") -> Targets:
+    """Targets of a batch without a single box."""
+    rows = torch.zeros(0, dtype=torch.int64, device=device)
+    return Targets(torch.zeros(0, 4, device=device), rows, rows, rows)
+
+
+def _moved(value: Tensor | None, device: torch.device | str, non_blocking: bool) -> Tensor | None:
+    return None if value is None else value.to(device, non_blocking=non_blocking)
+
+
+def _pinned(value: Tensor | None) -> Tensor | None:
+    return None if value is None else value.pin_memory()

@@ -1,0 +1,210 @@
+"""Weights in and out: backbones, pre-trained detectors, trained detectors; strict, with a report."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from aligndet.models import build_detector
+from aligndet.pretrain import AlignDet
+from aligndet.protocol import Detector
+
+MODULES = ("backbone", "neck", "rpn", "head")
+# Layers of an image classifier that no detector has; leaving them out of a backbone file is not a loss.
+CLASSIFIERS = ("fc.", "classifier.", "head.")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What came from a file and what did not.
+
+    Attributes:
+        source: the file, or a word for weights from memory.
+        loaded: names of the model's tensors that were taken from it.
+        kept: names of the model's tensors that keep the values they had.
+        unused: names in the file that the model has no place for.
+        mismatched: "name: file [shape], model [shape]" of tensors that exist in both but differ in shape.
+    """
+
+    source: str
+    loaded: tuple[str, ...]
+    kept: tuple[str, ...]
+    unused: tuple[str, ...]
+    mismatched: tuple[str, ...]
+
+    def __str__(self) -> str:
+        lines = [f"{self.source}: {len(self.loaded)} tensors loaded ({_summary(self.loaded)})"]
+        for title, names in (("keep their values", self.kept), ("unused in the file", self.unused)):
+            if names:
+                lines.append(f"  {len(names)} {title}: {_summary(names)}")
+        lines += [f"  shape differs, {line}" for line in self.mismatched]
+        return "\n".join(lines)
+
+
+def read_weights(path: str | Path) -> dict[str, Any]:
+    """The contents of a weights file, loaded without executing anything in it.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is damaged, is no mapping, or holds more than tensors and plain values.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"weights {path}: no such file")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns about old zip layouts; the content is checked below
+            content = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:
+        # torch.load raises a dozen kinds of errors for damaged and for refused files; each means the same here.
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"weights {path}: want a file of tensors, damaged or refused: {reason}") from None
+    if not isinstance(content, dict):
+        raise ValueError(f"weights {path}: want a mapping of names to tensors, got {type(content).__name__}")
+    return content
+
+
+def load_backbone(detector: Detector | nn.Module, path: str | Path) -> Report:
+    """Load image-classification weights (torchvision's layout, or our image-domain runs) into the backbone.
+
+    Args:
+        detector: its ``backbone`` is filled; half-precision tensors are cast.
+        path: file with a state dict, plain or under "state_dict", "model" or "backbone".
+
+    Raises:
+        ValueError: not every tensor of the backbone is in the file with the right shape; a partly loaded backbone
+            would be frozen with random layers in it.
+    """
+    backbone = detector.backbone
+    assert isinstance(backbone, nn.Module)
+    state = _without_prefix(_tensors(read_weights(path), ("backbone", "state_dict", "model"), path))
+    state = {name: value for name, value in state.items() if not name.startswith(CLASSIFIERS)}
+    report = _fill(backbone, state, str(path))
+    lacking = [name for name in report.kept if not name.endswith("num_batches_tracked")]
+    if lacking or report.mismatched:
+        missing = f"{len(lacking)} of its tensors are not in the file (first: {lacking[0]})" if lacking else ""
+        shapes = f"shapes differ: {report.mismatched[0]}" if report.mismatched else ""
+        raise ValueError(f"weights {path}: do not fit this backbone: {'; '.join(filter(None, [missing, shapes]))}")
+    return report
+
+
+def export_pretrained(module: AlignDet) -> dict[str, Any]:
+    """The online branch without the projection, ready for ``torch.save`` and ``load_pretrained``.
+
+    The paper hands over everything but the projection; the online branch, not its average, is what the reference hands
+    over (method section 5.1).
+    """
+    state = module.online.state_dict()
+    kept = {name: value.cpu() for name, value in state.items() if not name.startswith("predictors.embedding.")}
+    return {"kind": "pretrained", "format": 1, "detector": kept}
+
+
+def load_pretrained(
+    detector: Detector, path: str | Path, modules: Sequence[str] = MODULES, keep_predictors: bool = True
+) -> Report:
+    """Start a detector from the file of a pre-training run, where shapes fit.
+
+    Args:
+        path: file written from ``export_pretrained`` (or ``export_detector``: the class scores then fit or are left).
+        modules: which parts to take, of "backbone", "neck", "rpn", "head" (Table 9 of the paper).
+        keep_predictors: False leaves out box and centerness layers, as the reference does (method section 7, row 4).
+
+    Raises:
+        ValueError: unknown module names, or nothing in the file fits the detector.
+    """
+    unknown = [name for name in modules if name not in MODULES]
+    if unknown:
+        raise ValueError(f"modules: want some of {', '.join(MODULES)}, got {', '.join(unknown)}")
+    state = _tensors(read_weights(path), ("detector", "state_dict", "model"), path)
+    wanted = {name: value for name, value in state.items() if _module_of(name) in modules}
+    if not keep_predictors:
+        wanted = {name: value for name, value in wanted.items() if not name.startswith("predictors.")}
+    report = _fill(detector, wanted, str(path))
+    for part in modules:
+        fits = [name for name in report.loaded if _module_of(name) == part]
+        if not fits and any(_module_of(name) == part for name in detector.state_dict()):
+            raise ValueError(
+                f"weights {path}: no tensor fits the {part} of this detector; was it pre-trained with another backbone, "
+                f"width, channels or convolutions?{' For example ' + report.mismatched[0] if report.mismatched else ''}"
+            )
+    return report
+
+
+def export_detector(detector: Detector, classes: Sequence[str], build: Mapping[str, Any]) -> dict[str, Any]:
+    """A trained detector with its class names and the arguments of ``build_detector`` that it was built with."""
+    state = {name: value.cpu() for name, value in detector.state_dict().items()}
+    return {"kind": "detector", "format": 1, "detector": state, "classes": list(classes), "build": dict(build)}
+
+
+def load_detector(path: str | Path) -> tuple[Detector, tuple[str, ...]]:
+    """A trained detector from a file of ``export_detector``, in evaluation mode, with its class names.
+
+    Raises:
+        ValueError: the file holds no trained detector, or its tensors do not fit the detector it describes.
+    """
+    content = read_weights(path)
+    if content.get("kind") != "detector":
+        found = content.get("kind", "a file of another program")
+        raise ValueError(f"weights {path}: want a trained detector (model.pt of a fine-tuning run), got {found}")
+    detector = build_detector(**content["build"])
+    report = _fill(detector, content["detector"], str(path))
+    if report.kept or report.mismatched or report.unused:
+        raise ValueError(f"weights {path}: do not fit the detector they describe:\n{report}")
+    return detector.eval(), tuple(content["classes"])
+
+
+def _tensors(content: dict[str, Any], wrappers: tuple[str, ...], path: str | Path) -> dict[str, Tensor]:
+    for wrapper in wrappers:
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+            break
+    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise ValueError(f"weights {path}: want names with tensors, got none; keys are {list(content)[:5]}")
+    return state
+
+
+def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    for prefix in ("module.", "backbone."):
+        if any(name.startswith(prefix) for name in state):
+            state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    return state
+
+
+def _module_of(name: str) -> str:
+    top = name.partition(".")[0]
+    return top if top in MODULES else "head"
+
+
+@torch.no_grad()
+def _fill(module: nn.Module, state: Mapping[str, Tensor], source: str) -> Report:
+    own = module.state_dict()
+    loaded, mismatched = [], []
+    for name, value in state.items():
+        if name not in own:
+            continue
+        if own[name].shape == value.shape:
+            own[name].copy_(value)
+            loaded.append(name)
+        else:
+            mismatched.append(f"{name}: file {list(value.shape)}, model {list(own[name].shape)}")
+    kept = tuple(name for name in own if name not in set(loaded))
+    # Batch norm's step counter is bookkeeping: frozen norms have none.
+    unused = tuple(name for name in state if name not in own and not name.endswith("num_batches_tracked"))
+    return Report(source, tuple(loaded), kept, unused, tuple(mismatched))
+
+
+def _summary(names: Sequence[str]) -> str:
+    """Top-level parts with counts: ``backbone 267, neck 16``; predictors by name."""
+    counts: dict[str, int] = {}
+    for name in names:
+        parts = name.split(".")
+        top = ".".join(parts[:2]) if parts[0] == "predictors" else parts[0]
+        counts[top] = counts.get(top, 0) + 1
+    return ", ".join(f"{top} {count}" for top, count in counts.items())

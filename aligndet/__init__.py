@@ -1,0 +1,33 @@
+"""Pre-train whole object detectors without labels, fine-tune them with few."""
+
+from aligndet import data, losses, weights
+from aligndet.config import Config, load_config
+from aligndet.engine import evaluate
+from aligndet.finetune import FineTune
+from aligndet.models import build_detector
+from aligndet.predict import predict
+from aligndet.pretrain import AlignDet
+from aligndet.protocol import Detector
+from aligndet.structures import BACKGROUND, IGNORED, Batch, Candidates, Detections, Targets
+from aligndet.version import __version__
+
+__all__ = [
+    "BACKGROUND",
+    "IGNORED",
+    "AlignDet",
+    "Batch",
+    "Candidates",
+    "Config",
+    "Detections",
+    "Detector",
+    "FineTune",
+    "Targets",
+    "__version__",
+    "build_detector",
+    "data",
+    "evaluate",
+    "load_config",
+    "losses",
+    "predict",
+    "weights",
+]

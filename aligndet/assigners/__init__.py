@@ -1,0 +1,6 @@
+"""Which candidate belongs to which box."""
+
+from aligndet.assigners.center import assign_center
+from aligndet.assigners.sampling import PositivesFirst
+
+__all__ = ["PositivesFirst", "assign_center"]

@@ -1,0 +1,62 @@
+"""Which of the matched candidates are kept."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aligndet.structures import BACKGROUND
+
+
+@dataclass(frozen=True)
+class PositivesFirst:
+    """Keeps positives, drawn uniformly, and fills up with background.
+
+    Attributes:
+        limit: most candidates kept, per batch or per image.
+        scope: "batch" or "image".
+        background: share of ``limit`` that positives never take.
+
+    Source:
+        Method section 2.5: the reference keeps 2048 per batch and view, background only where positives run out.
+    """
+
+    limit: int
+    scope: str = "batch"
+    background: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.scope not in ("batch", "image"):
+            raise ValueError(f"scope: want 'batch' or 'image', got {self.scope!r}")
+        if self.limit < 1 or not 0 <= self.background <= 1:
+            raise ValueError(f"want limit >= 1 and background in 0 .. 1, got {self.limit} and {self.background}")
+
+    def __call__(self, matched: Tensor, image: Tensor) -> Tensor:
+        """The kept rows.
+
+        Args:
+            matched: int64 [N], row of a box, BACKGROUND or IGNORED (never kept).
+            image: int64 [N].
+
+        Returns:
+            int64 [n], ascending; drawn from torch's global random numbers.
+        """
+        group = image if self.scope == "image" else torch.zeros_like(image)
+        positive = _first(matched >= 0, group, self.limit - round(self.limit * self.background))
+        taken = torch.bincount(group, positive.double(), minlength=1)[group] if len(group) else group
+        fill = _first(matched == BACKGROUND, group, self.limit - taken)
+        return (positive | fill).nonzero().squeeze(1)
+
+
+def _first(wanted: Tensor, group: Tensor, limit: int | Tensor) -> Tensor:
+    """Of the wanted rows, at most ``limit`` of each group, uniformly: bool [N]."""
+    # Sorted by (group, unwanted, random), the rank within a group says who is in.
+    key = torch.rand(len(wanted), dtype=torch.float64, device=wanted.device) / 2 + group + 0.5 * ~wanted
+    order = key.argsort()
+    sizes = torch.bincount(group, minlength=1)
+    rank = torch.arange(len(wanted), device=wanted.device) - (sizes.cumsum(0) - sizes)[group[order]]
+    ranks = torch.empty_like(rank)
+    ranks[order] = rank
+    return wanted & (ranks < limit)

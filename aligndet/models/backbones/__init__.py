@@ -1,0 +1,45 @@
+"""Backbones: ``[B, 3, H, W] -> [C2, C3, C4, C5]``, strides 4, 8, 16, 32."""
+
+from __future__ import annotations
+
+import difflib
+
+from aligndet.models.backbones.mobilenet import MobileNetV2
+from aligndet.models.backbones.resnet import RESNETS, ResNet
+
+BACKBONES = (*RESNETS, "mobilenet_v2")
+
+
+def build_backbone(
+    name: str, *, width: float = 1.0, norm: str = "frozen", frozen_stages: int = 1
+) -> ResNet | MobileNetV2:
+    """A backbone by name, with random weights.
+
+    Args:
+        name: one of BACKBONES.
+        width: multiplies all channel counts; 1 is the published network.
+        norm: "frozen" (statistics and affine parameters are constants), "batch" or "sync".
+        frozen_stages: 0 none, 1 stem and first stage, ... 4 everything.
+
+    Returns:
+        A module with ``channels`` and ``strides`` of its four outputs.
+
+    Raises:
+        ValueError: unknown name or norm, or impossible numbers.
+    """
+    if norm not in ("frozen", "batch", "sync"):
+        raise ValueError(f"norm: want frozen, batch or sync, got {norm!r}")
+    if not 0 <= frozen_stages <= 4:
+        raise ValueError(f"frozen_stages: want 0 .. 4, got {frozen_stages}")
+    if not width > 0:
+        raise ValueError(f"width: want a positive multiplier, got {width}")
+    if name == "mobilenet_v2":
+        return MobileNetV2(width, norm, frozen_stages)
+    if name not in RESNETS:
+        near = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.0)[0]
+        raise ValueError(f"backbone: want one of {', '.join(BACKBONES)}, got {name!r}; the nearest is {near!r}")
+    block, depths = RESNETS[name]
+    return ResNet(block, depths, width, norm, frozen_stages)
+
+
+__all__ = ["BACKBONES", "MobileNetV2", "ResNet", "build_backbone"]

@@ -1,0 +1,203 @@
+"""FCOS: fully convolutional one-stage detection; Tian et al. (arXiv:1904.01355)."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from aligndet.assigners.center import assign_center
+from aligndet.losses.boxes import centerness_of, iou_loss
+from aligndet.losses.focal import sigmoid_focal_loss
+from aligndet.models.backbones import MobileNetV2, ResNet
+from aligndet.models.dense_head import at_points, convolution, flat, tower
+from aligndet.models.fpn import FPN
+from aligndet.models.priors import Points, points_of
+from aligndet.ops.boxes import clip
+from aligndet.ops.reduce import mean_over_ranks
+from aligndet.protocol import Detector
+from aligndet.structures import BACKGROUND, IGNORED, Candidates, Detections, Targets
+
+FINEST = 8  # px, stride of P3
+FIRST_RANGE = 64.0  # px, P3 regresses distances up to here; each level twice as far
+
+
+@dataclass(frozen=True)
+class FCOSCandidates(Candidates):
+    """Points, image by image and level by level; with targets only those that ``sample`` kept.
+
+    Attributes:
+        points: float [N, 2], x and y px.
+        level: int64 [N].
+        boxes: float32 [N, 4] xyxy px, not clipped; None where ``localizes`` is off.
+        centerness: float [N] logits; None likewise.
+    """
+
+    points: Tensor
+    level: Tensor
+    boxes: Tensor | None
+    centerness: Tensor | None
+
+
+class BoxPredictor(nn.Module):
+    """Distances from a point to the four sides: exp(scale of the level * convolution), px."""
+
+    def __init__(self, channels: int, levels: int) -> None:
+        super().__init__()
+        self.convolution = convolution(channels, 4, 3)
+        self.scales = nn.Parameter(torch.ones(levels))
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        """``L maps [B, C, H_l, W_l] -> L maps [B, 4, H_l, W_l]`` in float32: left, top, right, bottom."""
+        return [(self.scales[i] * self.convolution(level).float()).exp() for i, level in enumerate(levels)]
+
+
+class Head(nn.Module):
+    """The two towers that all levels share."""
+
+    def __init__(self, channels: int, convolutions: int) -> None:
+        super().__init__()
+        self.classification = tower(channels, convolutions)
+        self.box = tower(channels, convolutions)
+
+
+class FCOS(Detector):
+    """FCOS with centerness on the classification branch, no centre sampling by default.
+
+    Args:
+        backbone: its outputs from stride 8 on are used.
+        num_classes: K.
+        channels: C of neck and head.
+        convolutions: of each tower.
+        levels: pyramid levels from stride 8 on, at least 3; the coarsest regresses any distance.
+        centre_radius: centre sampling in units of stride, or None.
+        score_threshold: class probability below which nothing is detected.
+
+    Source:
+        Method section 1.2. Weights and initialisation as there; the level scales belong to the box predictor.
+    """
+
+    def __init__(
+        self,
+        backbone: ResNet | MobileNetV2,
+        num_classes: int,
+        *,
+        channels: int = 256,
+        convolutions: int = 4,
+        levels: int = 5,
+        centre_radius: float | None = None,
+        score_threshold: float = 0.05,
+    ) -> None:
+        super().__init__()
+        if channels < 1 or channels % 32:
+            raise ValueError(f"channels: group norm wants a multiple of 32, got {channels}")
+        if levels < 3:
+            raise ValueError(f"levels: want at least the 3 of the backbone's strides 8, 16, 32, got {levels}")
+        if convolutions < 1:
+            raise ValueError(f"convolutions: want at least 1, got {convolutions}")
+        self.channels, self.centre_radius, self.score_threshold = channels, centre_radius, score_threshold
+        self.strides = tuple(FINEST * 2**level for level in range(levels))
+        self.backbone = backbone
+        self.neck = FPN(backbone.channels[1:], channels, levels - 3)
+        self.head = Head(channels, convolutions)
+        score = self.score_layer(num_classes)
+        assert isinstance(score, nn.Conv2d) and score.bias is not None
+        nn.init.constant_(score.bias, -math.log(99))  # every class starts at a probability of 1 %
+        box, centerness = BoxPredictor(channels, levels), convolution(channels, 1, 3)
+        self.predictors = nn.ModuleDict({"score": score, "box": box, "centerness": centerness})
+
+    def score_layer(self, width: int, hidden: bool = False) -> nn.Module:
+        """A 3 x 3 convolution on the classification tower; with ``hidden`` 3 x 3, ReLU, 1 x 1 (method section 2.4)."""
+        if not hidden:
+            return convolution(self.channels, width, 3)
+        first, last = convolution(self.channels, self.channels, 3), convolution(self.channels, width, 1)
+        return nn.Sequential(first, nn.ReLU(inplace=True), last)
+
+    def candidates(self, features: list[Tensor], sizes: Tensor, targets: Targets | None = None) -> FCOSCandidates:
+        """See Detector; the rows are points, image by image, level by level, row by row."""
+        levels = self.neck(features[1:])
+        points = points_of([tuple(level.shape[-2:]) for level in levels], self.strides, levels[0].device)
+        images, number = len(levels[0]), len(points.level)
+        image = torch.arange(images, device=points.level.device).repeat_interleave(number)
+        matched = None if targets is None else self._assign(points, targets, images)
+        rows = None if matched is None or self.sample is None else self.sample(matched, image)
+
+        classes = [self.head.classification(level) for level in levels]
+        scores = flat([self.predictors["score"](level) for level in classes], rows) if "score" in self.predictors else None
+        embeddings = None
+        if "embedding" in self.predictors:
+            projection = self.predictors["embedding"]
+            assert isinstance(projection, nn.Sequential)
+            embeddings = at_points(projection, classes, rows)
+
+        row = torch.arange(len(image), device=image.device) if rows is None else rows
+        point = row % number
+        centres = points.centres[point]
+        boxes, centerness = self._localize(levels, classes, centres, rows) if self.localizes else (None, None)
+        matched = None if matched is None else matched[row]
+        return FCOSCandidates(scores, embeddings, image[row], matched, centres, points.level[point], boxes, centerness)
+
+    def localization_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
+        """IoU loss weighted by centerness over the sum of weights; binary cross-entropy of centerness over positives."""
+        assert isinstance(candidates, FCOSCandidates) and candidates.matched is not None
+        assert candidates.boxes is not None and candidates.centerness is not None
+        positive = (candidates.matched >= 0).nonzero().squeeze(1)
+        truth = targets.boxes[candidates.matched[positive]].float()
+        weight = centerness_of(candidates.points[positive], truth)
+        count = mean_over_ranks(weight.new_tensor(float(len(positive)))).clamp(min=1)
+        # The weights of a batch with positives never sum to so little; without any, 0 / 1e-6 is 0.
+        total = mean_over_ranks(weight.sum()).clamp(min=1e-6)
+        box = (iou_loss(candidates.boxes[positive], truth) * weight).sum() / total
+        logits = candidates.centerness[positive].float()
+        centerness = F.binary_cross_entropy_with_logits(logits, weight, reduction="sum") / count
+        return {"box": box, "centerness": centerness}
+
+    def classification_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
+        """Focal loss over the number of positives."""
+        assert candidates.scores is not None and candidates.matched is not None
+        table = torch.cat([targets.labels, targets.labels.new_tensor([IGNORED, BACKGROUND])])
+        count = mean_over_ranks((candidates.matched >= 0).sum().float()).clamp(min=1)
+        return {"classification": sigmoid_focal_loss(candidates.scores, table[candidates.matched]) / count}
+
+    @torch.no_grad()
+    def detect(self, candidates: Candidates, sizes: Tensor) -> list[Detections]:
+        """Score above the threshold, best 1000 per level, times centerness, class-wise NMS at 0.5, best 100."""
+        assert isinstance(candidates, FCOSCandidates) and candidates.scores is not None
+        assert candidates.boxes is not None and candidates.centerness is not None
+        images = len(sizes)
+        scores = candidates.scores.float().sigmoid().view(images, -1, candidates.scores.shape[1])  # [B, P, K]
+        centerness = candidates.centerness.float().sigmoid().view(images, -1)
+        boxes = candidates.boxes.view(images, -1, 4)
+        level = candidates.level.view(images, -1)[0]
+        return [self._detect(scores[i], centerness[i], clip(boxes[i], sizes[i]), level) for i in range(images)]
+
+    def _assign(self, points: Points, targets: Targets, images: int) -> Tensor:
+        """Row of ``targets`` for every point of every image: int64 [B * P]."""
+        reach = FIRST_RANGE * 2.0 ** torch.arange(len(self.strides), device=points.level.device)  # [L]
+        low, high = torch.cat([reach.new_tensor([-1.0]), reach[:-1]]), torch.cat([reach[:-1], reach.new_tensor([torch.inf])])
+        ranges = torch.stack([low, high], dim=1)[points.level]
+        radius = None if self.centre_radius is None else self.centre_radius * points.stride
+        return assign_center(points.centres, ranges, targets, images, radius=radius).flatten()
+
+    def _localize(
+        self, levels: list[Tensor], classes: list[Tensor], centres: Tensor, rows: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        distances = flat(self.predictors["box"]([self.head.box(level) for level in levels]), rows)  # [N, 4]
+        boxes = torch.cat([centres - distances[:, :2], centres + distances[:, 2:]], dim=1)
+        centerness = flat([self.predictors["centerness"](level) for level in classes], rows).squeeze(1)
+        return boxes, centerness
+
+    def _detect(self, scores: Tensor, centerness: Tensor, boxes: Tensor, level: Tensor) -> Detections:
+        kept = []
+        for number in range(len(self.strides)):
+            point, label = ((scores > self.score_threshold) & (level == number)[:, None]).nonzero(as_tuple=True)
+            best = scores[point, label].topk(min(1000, len(point))).indices
+            kept.append(torch.stack([point[best], label[best]]))
+        point, label = torch.cat(kept, dim=1)
+        score = scores[point, label] * centerness[point]
+        chosen = batched_nms(boxes[point], score, label, 0.5)[:100]
+        return Detections(boxes[point][chosen], score[chosen], label[chosen])

@@ -1,0 +1,1 @@
+"""Small pure functions on tensors; nothing here imports the rest of the package."""

@@ -1,0 +1,106 @@
+"""Claims about configuration: strict keys, types, tasks, combinations, overrides."""
+
+from pathlib import Path
+
+import pytest
+
+from aligndet.config import Config, differences, from_dict, load_config, to_dict
+
+CONFIGS = Path(__file__).parents[1] / "configs"
+NEEDS = {
+    "pretrain": {"data.images": "a", "data.proposals": "b"},
+    "finetune": {"data.train": "a"},
+    "image_domain": {"data.images": "a"},
+}
+
+
+def minimal(**changes: object) -> dict[str, object]:
+    tree: dict[str, object] = {"task": "finetune", "run": "r", "data": {"train": "t.json"}, "optim": {"steps": 7}}
+    return tree | changes
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
+def test_shipped_files_load_and_survive_a_round_trip(path: Path) -> None:
+    task = next(line.split()[1] for line in path.read_text().splitlines() if line.startswith("task:"))
+    config = load_config(path, [f"{key}={value}" for key, value in NEEDS[task].items()])
+    assert from_dict(to_dict(config)) == config
+    assert config.task == task
+
+
+@pytest.mark.parametrize(
+    ("tree", "message"),
+    [
+        (minimal(optim={"step": 7}), "unknown key 'optim.step'; the nearest valid key is 'optim.steps'"),
+        (minimal(sede=3), "unknown key 'sede'; the nearest valid key is 'seed'"),
+        (minimal(lr=0.1), "unknown key 'lr'; the nearest valid key is 'optim.lr'"),
+        (minimal(seed="three"), "seed: want a whole number, got 'three'"),
+        (minimal(seed=True), "seed: want a whole number, got True"),
+        (minimal(optim={"steps": 7, "lr": -1}), "optim.lr: want a finite number above 0, got -1.0"),
+        (minimal(optim={"steps": 7, "lr": ".nan"}), "optim.lr: want a number, got '.nan'"),
+        (minimal(optim={"steps": 7, "lr": float("nan")}), "optim.lr: want a finite number above 0, got nan"),
+        (minimal(optim={"steps": 7, "name": "adam"}), "optim.name: want one of sgd, adamw, got 'adam'; did you mean"),
+        (minimal(optim={"steps": 7, "epochs": 7}), "optim.epochs, optim.steps: want exactly one"),
+        (minimal(optim={}), "optim.epochs, optim.steps: want exactly one"),
+        (minimal(optim=[1]), "optim: want keys and values"),
+        (minimal(optim={"steps": 7, "milestones": [3, 2]}), "optim.milestones: want an ascending list"),
+        (minimal(optim={"steps": 7, "milestones": [3, 7]}), "optim.milestones: want all below the length of 7"),
+        (minimal(optim={"steps": 7, "batch": 5, "accumulate": 2}), "optim.accumulate: want a divisor"),
+        (minimal(method={"temperature": 0.2}), "method.temperature: not read by task finetune"),
+        (minimal(data={}), "data.train: task finetune needs it"),
+        (minimal(data={"train": "t", "flip": 1.5}), "data.flip: want a probability"),
+        (minimal(data={"train": "t", "short_side": []}), "data.short_side: want at least one"),
+        (minimal(data={"train": "t", "short_side": 900, "long_side": 800}), "data.long_side: want at least"),
+        (minimal(weights="a", model={"backbone_weights": "b"}), "weights, model.backbone_weights: want one"),
+        (minimal(method={"keep_predictors": False}), "method.keep_predictors: has no effect without weights"),
+        (minimal(task="train"), "task: want one of pretrain, finetune, image_domain, got 'train'"),
+        (minimal(run=""), "run: want the folder"),
+    ],
+)
+def test_each_mistake_is_named(tree: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError) as caught:
+        from_dict(tree)
+    assert message in str(caught.value)
+
+
+def test_values_convert_where_yaml_is_known_to_trip(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("task: finetune\nrun: r\ndata: {train: t, short_side: 97}\noptim: {lr: 1e-3, steps: 7, clip: 5}\n")
+    config = load_config(path)
+    assert (config.optim.lr, config.optim.clip, config.data.short_side) == (1e-3, 5.0, (97,))
+    assert type(config.optim.clip) is float
+
+
+def test_overrides_win_and_are_read_as_yaml(tmp_path: Path) -> None:
+    path = tmp_path / "a.yaml"
+    path.write_text("task: finetune\nrun: r\ndata: {train: t}\noptim: {steps: 7}\n")
+    overrides = ["seed=5", "data.short_side=[31, 37]", "optim.steps=null", "optim.epochs=3", "data.val=a=b.json"]
+    config = load_config(path, overrides)
+    assert (config.seed, config.data.short_side, config.optim.epochs) == (5, (31, 37), 3)
+    assert config.data.val == "a=b.json"
+    with pytest.raises(ValueError, match="want key=value"):
+        load_config(path, ["seed"])
+    with pytest.raises(ValueError, match="task is not a section"):
+        load_config(path, ["task.name=3"])
+
+
+def test_files_that_are_no_config_are_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"none\.yaml: no such file"):
+        load_config(tmp_path / "none.yaml")
+    for text in ("[1, 2]", "a: [", "!!python/object/apply:os.system ['true']"):
+        (tmp_path / "bad.yaml").write_text(text)
+        with pytest.raises(ValueError, match=r"bad\.yaml"):
+            load_config(tmp_path / "bad.yaml")
+
+
+def test_differences_name_the_changed_keys() -> None:
+    old = to_dict(from_dict(minimal()))
+    new = to_dict(from_dict(minimal(seed=3, optim={"steps": 7, "lr": 0.5})))
+    assert differences(old, new) == ["optim.lr: 0.01 -> 0.5", "seed: 0 -> 3"]
+    assert differences(old, old) == []
+
+
+def test_defaults_are_the_method_s_numbers() -> None:
+    config = Config()
+    assert (config.method.temperature, config.method.embedding, config.method.candidates) == (0.5, 256, 2048)
+    assert (config.method.momentum, config.optim.lr, config.optim.weight_decay) == (0.996, 0.01, 1e-4)
+    assert config.data.short_side == (640, 672, 704, 736, 768, 800)

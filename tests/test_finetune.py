@@ -1,0 +1,60 @@
+"""Claims about fine-tuning: it learns, and it survives images without boxes."""
+
+from pathlib import Path
+
+import torch
+
+from aligndet.data.batch import collate
+from aligndet.data.coco import load_coco
+from aligndet.data.labelled import LabelledImages
+from aligndet.data.synthetic import make_scenes
+from aligndet.engine.evaluate import coco_metrics
+from aligndet.finetune import FineTune
+from aligndet.models import build_detector
+from tests.scenes import small_detector, views_of
+
+
+def test_fcos_overfits_four_images(tmp_path: Path) -> None:
+    path = make_scenes(tmp_path, images=4, size=128, seed=7, name="train")
+    annotations = load_coco(path)
+    dataset = LabelledImages(annotations, tmp_path / "images", short_sides=(128,), long_side=128, flip=0.0)
+    batch = collate([dataset[(index, index)] for index in range(len(dataset))])
+    assert len(batch) == 4
+    detector = build_detector(
+        "fcos",
+        "resnet18",
+        num_classes=len(annotations.class_names),
+        width=0.5,
+        channels=64,
+        convolutions=1,
+        levels=3,
+        norm="batch",
+        frozen_stages=0,
+    )
+    model = FineTune(detector).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=1e-4)
+    for step in range(STEPS := 220):
+        for group in optimizer.param_groups:
+            group["lr"] = 2e-3 * min(1, (step + 1) / 20, 2 * (1 - step / STEPS))
+        optimizer.zero_grad()
+        torch.stack(list(model(batch).values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        candidates = detector.candidates(detector.features(batch.images, batch.sizes), batch.sizes)
+        found = detector.detect(candidates, batch.sizes)
+    metrics = coco_metrics(path, dict(zip(batch.image_ids, found, strict=True)))
+    assert metrics["AP"] > 0.9, metrics
+
+
+def test_images_and_batches_without_boxes_give_a_gradient_to_every_parameter() -> None:
+    for counts in ((0, 0), (3, 0)):
+        model = FineTune(small_detector()).train()
+        batch, _ = views_of(counts)
+        losses = model(batch)
+        assert set(losses) == {"box", "centerness", "classification"}
+        assert all(loss.isfinite() and loss.ndim == 0 for loss in losses.values())
+        torch.stack(list(losses.values())).sum().backward()
+        assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        model.zero_grad()

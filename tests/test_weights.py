@@ -1,0 +1,137 @@
+"""Claims about weights: what transfers, what is refused, what is reported."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+
+from aligndet.models import build_detector
+from aligndet.pretrain import AlignDet
+from aligndet.weights import export_detector, export_pretrained, load_backbone, load_detector, load_pretrained
+from tests.scenes import small_detector, views_of
+
+
+def pretrained_file(path: Path) -> AlignDet:
+    model = AlignDet(small_detector())
+    with torch.no_grad():
+        for parameter in model.online.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.01)
+    torch.save(export_pretrained(model), path)
+    return model
+
+
+def test_everything_but_projection_and_scores_transfers(tmp_path: Path) -> None:
+    model = pretrained_file(tmp_path / "p.pt")
+    detector = small_detector(num_classes=7)
+    scores = {k: v.clone() for k, v in detector.predictors["score"].state_dict().items()}
+    report = load_pretrained(detector, tmp_path / "p.pt")
+    own, online = detector.state_dict(), model.online.state_dict()
+    for name in own:
+        if name.startswith("predictors.score."):
+            assert torch.equal(own[name], scores[name.removeprefix("predictors.score.")])
+            assert name in report.kept
+        else:
+            assert torch.equal(own[name], online[name]), name
+            assert name in report.loaded
+    assert not report.unused
+    assert not report.mismatched
+    assert "predictors.box" in str(report)
+
+
+def test_parts_and_predictors_can_be_left_out(tmp_path: Path) -> None:
+    model = pretrained_file(tmp_path / "p.pt")
+    fresh = small_detector()
+    report = load_pretrained(fresh, tmp_path / "p.pt", modules=("neck",))
+    assert report.loaded
+    assert all(name.startswith("neck.") for name in report.loaded)
+    report = load_pretrained(small_detector(), tmp_path / "p.pt", keep_predictors=False)
+    assert not [name for name in report.loaded if name.startswith("predictors.")]
+    assert len(report.loaded) > len(model.online.backbone.state_dict())
+    with pytest.raises(ValueError, match="modules: want some of backbone, neck, rpn, head, got body"):
+        load_pretrained(small_detector(), tmp_path / "p.pt", modules=("body",))
+
+
+def test_weights_of_another_detector_are_refused(tmp_path: Path) -> None:
+    pretrained_file(tmp_path / "p.pt")
+    other = build_detector("fcos", "resnet18", num_classes=3, width=0.5, channels=32, convolutions=1, levels=3)
+    with pytest.raises(ValueError, match=r"p\.pt: .*backbone"):
+        load_pretrained(other, tmp_path / "p.pt")
+
+
+def test_backbone_file_must_fit_whole(tmp_path: Path) -> None:
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), tmp_path / "r18.pth")
+    detector = build_detector("fcos", "resnet18", num_classes=3, channels=32, convolutions=1, levels=3)
+    report = load_backbone(detector, tmp_path / "r18.pth")
+    assert not [name for name in report.kept if not name.endswith("num_batches_tracked")]
+    with pytest.raises(ValueError, match=r"r18\.pth: do not fit this backbone"):
+        load_backbone(build_detector("fcos", "resnet50", num_classes=3), tmp_path / "r18.pth")
+    with pytest.raises(ValueError, match=r"r18\.pth: do not fit this backbone: .*shapes differ"):
+        load_backbone(small_detector(), tmp_path / "r18.pth")
+
+
+def test_half_precision_and_wrapped_files_load(tmp_path: Path) -> None:
+    source = torchvision.models.resnet18(weights=None)
+    state = {f"module.backbone.{k}": v.half() if v.is_floating_point() else v for k, v in source.state_dict().items()}
+    torch.save({"state_dict": state, "epoch": 3}, tmp_path / "r18.pth")
+    detector = build_detector("fcos", "resnet18", num_classes=3, channels=32, convolutions=1, levels=3)
+    load_backbone(detector, tmp_path / "r18.pth")
+    loaded = detector.backbone.state_dict()["conv1.weight"]
+    assert loaded.dtype == torch.float32
+    assert torch.allclose(loaded, source.conv1.weight, atol=1e-3)
+
+
+class Evil:
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return eval, ("open('executed', 'w').close()",)
+
+
+def test_files_that_are_no_weights_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    detector = small_detector()
+    with pytest.raises(FileNotFoundError, match=r"none\.pt: no such file"):
+        load_backbone(detector, "none.pt")
+    torch.save({"a": Evil()}, "evil.pt")
+    with pytest.raises(ValueError, match=r"evil\.pt: want a file of tensors, damaged or refused"):
+        load_backbone(detector, "evil.pt")
+    assert not Path("executed").exists()
+    pretrained_file(Path("p.pt"))
+    Path("cut.pt").write_bytes(Path("p.pt").read_bytes()[:1000])
+    with pytest.raises(ValueError, match=r"cut\.pt"):
+        load_pretrained(detector, "cut.pt")
+    torch.save([torch.zeros(3)], "list.pt")
+    with pytest.raises(ValueError, match=r"list\.pt: want a mapping"):
+        load_pretrained(detector, "list.pt")
+    torch.save({"epoch": 3}, "empty.pt")
+    with pytest.raises(ValueError, match=r"empty\.pt: want names with tensors"):
+        load_pretrained(detector, "empty.pt")
+    with pytest.raises(ValueError, match=r"p\.pt: want a trained detector .*, got pretrained"):
+        load_detector("p.pt")
+
+
+def test_trained_detector_round_trip(tmp_path: Path) -> None:
+    build = {"name": "fcos", "backbone": "resnet18", "num_classes": 3, "width": 0.25}
+    build |= {"channels": 32, "convolutions": 1, "levels": 3}
+    detector = small_detector().eval()
+    torch.save(export_detector(detector, ("a", "b", "c"), build), tmp_path / "m.pt")
+    loaded, classes = load_detector(tmp_path / "m.pt")
+    assert classes == ("a", "b", "c")
+    view, _ = views_of((2, 1))
+    with torch.no_grad():
+        first = detector.candidates(detector.features(view.images, view.sizes), view.sizes)
+        second = loaded.candidates(loaded.features(view.images, view.sizes), view.sizes)
+    assert first.scores is not None
+    assert second.scores is not None
+    assert torch.equal(first.scores, second.scores)
+
+
+def test_published_style_imagenet_weights_load(shared: Path) -> None:
+    path = shared / "weights" / "mobilenet_v2_imagenet_fp16.pth"
+    detector = build_detector("fcos", "mobilenet_v2", num_classes=3, channels=32, convolutions=1, levels=3)
+    report = load_backbone(detector, path)
+    assert not report.mismatched
+    theirs = torchvision.models.mobilenet_v2(weights=None)
+    theirs.load_state_dict(torch.load(path, weights_only=True))
+    images = torch.rand(2, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.allclose(detector.backbone.eval()(images)[-1], theirs.eval().features(images), atol=1e-4)

@@ -279,7 +279,9 @@ def _check_task(config: Config, tree: Mapping[str, Any]) -> None:
         section, _, name = key.rpartition(".")
         branch = tree.get(section, {}) if section else tree
         if name in branch and config.task not in metadata["tasks"]:
-            raise ValueError(f"{key}: not read by task {config.task}, only by {', '.join(metadata['tasks'])}; remove it")
+            raise ValueError(
+                f"{key}: not read by task {config.task}, only by {', '.join(metadata['tasks'])}; remove it"
+            )
 
 
 def _check_combinations(config: Config) -> None:
@@ -300,7 +302,9 @@ def _check_combinations(config: Config) -> None:
     if not data.short_side:
         raise ValueError("data.short_side: want at least one size")
     if config.task != IMAGE_DOMAIN and max(data.short_side) > data.long_side:
-        raise ValueError(f"data.long_side: want at least the largest short side {max(data.short_side)}, got {data.long_side}")
+        raise ValueError(
+            f"data.long_side: want at least the largest short side {max(data.short_side)}, got {data.long_side}"
+        )
     if not 0 <= data.flip <= 1:
         raise ValueError(f"data.flip: want a probability in 0 .. 1, got {data.flip}")
     _check_task_combinations(config)

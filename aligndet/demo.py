@@ -9,6 +9,7 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -82,7 +83,7 @@ def run(args: argparse.Namespace) -> int:
             config = _finetune(out, recipe, seed, train, val, backbone=backbone if start == "without" else None)
             if start == "with":
                 config |= {"weights": pretrained}
-            _stage(f"3 {start}, seed {seed}", out, seconds, lambda config=config: _train(config))
+            _stage(f"3 {start}, seed {seed}", out, seconds, partial(_train, config))
     table = _table(out, recipe, seconds)
     (out / "table.json").write_text(json.dumps(table, indent=1))
     write_figures(out, recipe.seeds[0], train, val, proposals)
@@ -121,7 +122,14 @@ def _pretrain(out: Path, recipe: Recipe, backbone: str, proposals: str) -> dict[
         "model": MODEL | {"backbone_weights": backbone},
         "data": {"images": str(out / "scenes/images"), "proposals": proposals} | _sides(recipe),
         "method": {"momentum": 0.99, "candidates": 1024, "embedding": 64},
-        "optim": {"name": "adamw", "lr": 1e-3, "batch": 8, "steps": recipe.pretrain, "schedule": "cosine", "warmup": 20},
+        "optim": {
+            "name": "adamw",
+            "lr": 1e-3,
+            "batch": 8,
+            "steps": recipe.pretrain,
+            "schedule": "cosine",
+            "warmup": 20,
+        },
     }
 
 
@@ -137,7 +145,14 @@ def _finetune(
         "seed": seed,
         "model": MODEL | {"frozen_stages": 1} | ({"backbone_weights": backbone} if backbone else {}),
         "data": data | _sides(recipe),
-        "optim": {"name": "adamw", "lr": 1e-3, "batch": 4, "steps": recipe.finetune, "schedule": "cosine", "warmup": 10},
+        "optim": {
+            "name": "adamw",
+            "lr": 1e-3,
+            "batch": 4,
+            "steps": recipe.finetune,
+            "schedule": "cosine",
+            "warmup": 10,
+        },
     }
 
 
@@ -189,13 +204,18 @@ def _table(out: Path, recipe: Recipe, seconds: dict[str, float]) -> dict[str, An
         files = [out / f"3-finetune-{start}-seed{seed}" / "metrics.json" for seed in recipe.seeds]
         metrics = [json.loads(path.read_text()) for path in files]
         results[start] = {name: [100 * row[name] for row in metrics] for name in METRICS}
-    means = {start: {name: statistics.fmean(values) for name, values in rows.items()} for start, rows in results.items()}
+    means = {
+        start: {name: statistics.fmean(values) for name, values in rows.items()} for start, rows in results.items()
+    }
     difference = {name: means["with"][name] - means["without"][name] for name in METRICS}
     return {"seeds": recipe.seeds, "each": results, "mean": means, "difference": difference, "seconds": seconds}
 
 
 def _text(table: dict[str, Any]) -> str:
-    lines = [f"\nFine-tuning, mean of seeds {list(table['seeds'])}, same labels and steps:", f"{'':24}   AP   AP50   AP75"]
+    lines = [
+        f"\nFine-tuning, mean of seeds {list(table['seeds'])}, same labels and steps:",
+        f"{'':24}   AP   AP50   AP75",
+    ]
     rows = {"stage 1 only": table["mean"]["without"], "stages 1 and 2 (AlignDet)": table["mean"]["with"]}
     for title, row in (rows | {"difference": table["difference"]}).items():
         sign = "+" if title == "difference" else ""

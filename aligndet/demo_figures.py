@@ -52,9 +52,7 @@ def _detections(path: Path, runs: Sequence[Path], val: str, root: Path, size: in
         part = slice(annotations.offsets[row], annotations.offsets[row + 1])
         labels = torch.from_numpy(np.array(annotations.labels[part]))
         truths.append(Detections(torch.from_numpy(np.array(annotations.boxes[part])), torch.ones(len(labels)), labels))
-    rows = [
-        (read_image(root / name), truths[row], columns[0][row], columns[1][row]) for row, name in enumerate(names)
-    ]
+    rows = [(read_image(root / name), truths[row], columns[0][row], columns[1][row]) for row, name in enumerate(names)]
     figures.detections_figure(path, rows, annotations.class_names, ("labels", "backbone only", "AlignDet"))
 
 

@@ -37,7 +37,7 @@ class Targets:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
         """The same targets on ``device``."""
-        return Targets(*(_moved(getattr(self, field.name), device, non_blocking) for field in fields(self)))
+        return replace(self, **{item.name: _moved(getattr(self, item.name), device, non_blocking) for item in fields(self)})
 
 
 @dataclass(frozen=True)
@@ -92,7 +92,7 @@ class Detections:
 
     def to(self, device: torch.device | str) -> Detections:
         """The same detections on ``device``."""
-        return Detections(*(_moved(getattr(self, field.name), device, False) for field in fields(self)))
+        return replace(self, **{item.name: _moved(getattr(self, item.name), device, False) for item in fields(self)})
 
     def resized(self, size: tuple[int, int], original: tuple[int, int]) -> Detections:
         """Boxes carried from an image resized to ``size`` back to its ``original`` size, clipped to it.
@@ -142,13 +142,13 @@ class Batch:
 
     def pin_memory(self) -> Batch:
         """The same batch in page-locked memory; called by ``DataLoader(pin_memory=True)``."""
-        targets = Targets(*(_pinned(getattr(self.targets, field.name)) for field in fields(self.targets)))
+        pinned = {item.name: _pinned(getattr(self.targets, item.name)) for item in fields(self.targets)}
         return replace(
             self,
             images=self.images.pin_memory(),
             sizes=self.sizes.pin_memory(),
             original_sizes=self.original_sizes.pin_memory(),
-            targets=targets,
+            targets=replace(self.targets, **pinned),
         )
 
 

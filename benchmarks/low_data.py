@@ -64,7 +64,9 @@ SETS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument("--backbone", required=True, type=Path, help="MobileNetV2 ImageNet weights, torchvision's layout")
+    parser.add_argument(
+        "--backbone", required=True, type=Path, help="MobileNetV2 ImageNet weights, torchvision's layout"
+    )
     parser.add_argument("--set", required=True, choices=SETS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/low_data")
@@ -76,7 +78,9 @@ def main() -> None:
     images = next(path for path in (train.parents[1] / "train", train.parents[1] / "JPEGImages") if path.is_dir())
     began = time.perf_counter()
     proposals = runs / "proposals.npz"
-    command("-m", "aligndet", "propose", "--annotations", train, "--images", images, "--out", proposals, *chosen.propose)
+    command(
+        "-m", "aligndet", "propose", "--annotations", train, "--images", images, "--out", proposals, *chosen.propose
+    )
     cfg = ("train.py", "--cfg", "configs/pretrain/fcos_mobilenet_v2.yaml", f"run={runs / 'pretrain'}")
     paths = (f"data.images={images}", f"data.proposals={proposals}", f"model.backbone_weights={args.backbone}")
     command(*cfg, *paths, *chosen.pretrain)
@@ -124,7 +128,9 @@ def table(rows: list[dict]) -> str:
             cells = []
             for name in METRICS:
                 values = [result[name] for result in results]
-                cells.append(f"{statistics.fmean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}")
+                cells.append(
+                    f"{statistics.fmean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
+                )
             setting = row["setting"]
             lines.append(f"| {setting['labelled']} | {setting['steps']} | {start} | {' | '.join(cells)} |")
     return "\n".join(lines)

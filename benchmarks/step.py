@@ -50,7 +50,9 @@ def ours() -> Callable[[], None]:
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 1e-3, momentum=0.9, fused=True)
     images = torch.randint(0, 256, (IMAGES, 3, SIZE, SIZE), dtype=torch.uint8)
     boxes = [random_boxes(BOXES) for _ in range(IMAGES)]
-    flipped = [(SIZE - b[:, [2, 1, 0, 3]]).abs() * b.new_tensor([1, 0, 1, 0]) + b * b.new_tensor([0, 1, 0, 1]) for b in boxes]
+    flipped = [
+        (SIZE - b[:, [2, 1, 0, 3]]).abs() * b.new_tensor([1, 0, 1, 0]) + b * b.new_tensor([0, 1, 0, 1]) for b in boxes
+    ]
     views = random_batch(images, boxes), random_batch(images.flip(3), flipped)
 
     def step() -> None:
@@ -94,7 +96,9 @@ def peak_gib(side: str, threads: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--side", choices=SIDES, help="only run a few steps of this side and print its peak memory, GiB")
+    parser.add_argument(
+        "--side", choices=SIDES, help="only run a few steps of this side and print its peak memory, GiB"
+    )
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()

@@ -53,7 +53,11 @@ def functions_of(path: Path) -> list[tuple[str, int, int]]:
         if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef)):
             skipped: set[int] = set()
             first = node.body[0]
-            if isinstance(first, ast.Expr) and isinstance(first.value, ast.Constant) and isinstance(first.value.value, str):
+            if (
+                isinstance(first, ast.Expr)
+                and isinstance(first.value, ast.Constant)
+                and isinstance(first.value.value, str)
+            ):
                 skipped |= set(range(first.lineno, (first.end_lineno or 0) + 1))
             body = [n for n in range(node.lineno, (node.end_lineno or 0) + 1) if n not in skipped]
             net = sum(1 for n in body if lines[n - 1].strip() and not lines[n - 1].strip().startswith("#"))
@@ -77,7 +81,11 @@ def test_the_method_knows_no_detector() -> None:
     assert not [n for n in imports_of(ast.parse((ROOT / "aligndet/pretrain.py").read_text())) if ".models" in n]
     for path in (ROOT / "aligndet/models").rglob("*.py"):
         names = {node.id for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Name)}
-        names |= {node.name for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, (ast.FunctionDef, ast.ClassDef))}
+        names |= {
+            node.name
+            for node in ast.walk(ast.parse(path.read_text()))
+            if isinstance(node, (ast.FunctionDef, ast.ClassDef))
+        }
         names |= {node.attr for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Attribute)}
         assert not [name for name in names if re.search("pretrain|momentum|contrastive", name.lower())], path
 

@@ -17,7 +17,7 @@ from tests.scenes import small_detector, views_of
 def test_fcos_overfits_four_images(tmp_path: Path) -> None:
     path = make_scenes(tmp_path, images=4, size=128, seed=7, name="train")
     annotations = load_coco(path)
-    dataset = LabelledImages(annotations, tmp_path / "images", short_sides=(128,), long_side=128, flip=0.0)
+    dataset = LabelledImages(annotations, tmp_path / "images", short_sides=(128,), long_side=128, flip_probability=0.0)
     batch = collate([dataset[(index, index)] for index in range(len(dataset))])
     assert len(batch) == 4
     detector = build_detector(

@@ -188,7 +188,9 @@ def test_two_ranks_train_and_evaluate(scenes: Path, tmp_path: Path) -> None:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
     for config in (pre, fine):
         command = [*launcher, str(ROOT / "train.py"), "--cfg", str(config)]
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False)
+        done = subprocess.run(
+            command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+        )
         assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "pre/pretrained.pt").exists()
     assert "AP" in json.loads((tmp_path / "fine/metrics.json").read_text())

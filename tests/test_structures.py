@@ -30,7 +30,9 @@ def test_detections_return_to_the_original_size_and_inside_it() -> None:
     # Width 110 -> 220: factor 2. Height 50 -> 25: factor 1/2.
     back = found.resized((50, 110), (25, 220))
     assert back.boxes.tolist() == [[20.0, 10.0, 60.0, 20.0], [0.0, 0.0, 220.0, 25.0]]
-    assert len(Detections(boxes[:0], boxes[:0, 0], rows := torch.zeros(0, dtype=torch.int64)).resized((7, 7), (5, 5))) == 0
+    assert (
+        len(Detections(boxes[:0], boxes[:0, 0], rows := torch.zeros(0, dtype=torch.int64)).resized((7, 7), (5, 5))) == 0
+    )
     assert rows.numel() == 0
 
 

@@ -1,1 +1,1 @@
-"""Training and evaluation: the loop, and what it stands on."""
+"""Running things: the loop, distribution, checkpoints, evaluation, logs."""

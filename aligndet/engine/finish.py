@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch.utils.data import DataLoader, Subset
 
@@ -13,12 +13,15 @@ from aligndet import config as settings
 from aligndet.config import Config
 from aligndet.data.batch import collate
 from aligndet.data.coco import find_images, load_coco
-from aligndet.data.labelled import LabelledImages
+from aligndet.data.labelled import EvaluationImages
 from aligndet.engine import checkpoint
 from aligndet.engine.distributed import World, barrier
 from aligndet.engine.evaluate import coco_metrics, evaluate_detector, save_predictions
 from aligndet.engine.loop import Training
 from aligndet.engine.prepare import detector_arguments, training_annotations
+from aligndet.finetune import FineTune
+from aligndet.image_domain.simsiam import SimSiam
+from aligndet.pretrain import AlignDet
 from aligndet.protocol import Detector
 from aligndet.weights import export_detector, export_pretrained
 
@@ -32,20 +35,21 @@ def finish(config: Config, training: Training) -> Path:
     names = {settings.PRETRAIN: "pretrained.pt", settings.FINETUNE: "model.pt", settings.IMAGE_DOMAIN: "backbone.pt"}
     path = training.folder / names[config.task]
     if training.world.rank == 0:
-        checkpoint.save(path, _export(config, training) | {"config": training.config, "versions": checkpoint.versions()})
+        checkpoint.save(
+            path, _export(config, training) | {"config": training.config, "versions": checkpoint.versions()}
+        )
         training.log.note(f"{path}: written after {training.steps} steps, {training.skipped} images skipped")
     if config.task == settings.FINETUNE and config.data.val is not None:
         annotations, _, _ = training_annotations(config)
-        metrics = evaluate(config, training.model.detector, annotations.class_names, training.world, training.folder)
+        detector = cast(FineTune, training.model).detector
+        metrics = evaluate(config, detector, annotations.class_names, training.world, training.folder)
         if training.world.rank == 0:
             training.log.note(summary(metrics))
     barrier(training.world)
     return path
 
 
-def evaluate(
-    config: Config, detector: Detector, classes: Sequence[str], world: World, folder: Path
-) -> dict[str, Any]:
+def evaluate(config: Config, detector: Detector, classes: Sequence[str], world: World, folder: Path) -> dict[str, Any]:
     """COCO metrics of a detector on ``data.val``; writes ``metrics.json`` and ``predictions.json`` into ``folder``.
 
     Returns:
@@ -56,9 +60,8 @@ def evaluate(
         raise ValueError("data.val: evaluation needs it, a COCO json")
     annotations = load_coco(data.val, classes=classes)
     root = find_images(data.val, data.val_images, annotations.file_names)
-    dataset = LabelledImages(
-        annotations, root, short_sides=(data.eval_short_side,), long_side=data.long_side, on_error=data.on_error, train=False
-    )
+    sides = {"short_side": data.eval_short_side, "long_side": data.long_side}
+    dataset = EvaluationImages(annotations, root, **sides, on_error=data.on_error)
     share = Subset(dataset, range(world.rank, len(dataset), world.size))
     loader = DataLoader(share, batch_size=1, collate_fn=collate, num_workers=data.workers)
     detections = evaluate_detector(detector.to(world.device), loader, world, amp=config.optim.amp)
@@ -84,11 +87,12 @@ def summary(metrics: dict[str, Any], per_class: bool = False) -> str:
 
 
 def _export(config: Config, training: Training) -> dict[str, Any]:
-    model = training.model
     if config.task == settings.PRETRAIN:
-        return export_pretrained(model)
+        return export_pretrained(cast(AlignDet, training.model))
     if config.task == settings.FINETUNE:
         annotations, _, _ = training_annotations(config)
         build = detector_arguments(config.model, len(annotations.class_names))
-        return export_detector(model.detector, annotations.class_names, build)
-    return {"kind": "backbone", "format": 1, "backbone": {k: v.cpu() for k, v in model.backbone.state_dict().items()}}
+        return export_detector(cast(FineTune, training.model).detector, annotations.class_names, build)
+    backbone = cast(SimSiam, training.model).backbone
+    state = {name: value.cpu() for name, value in backbone.state_dict().items()}
+    return {"kind": "backbone", "format": 1, "backbone": state}

@@ -148,7 +148,9 @@ def resume(training: Training) -> None:
         return
     state = checkpoint.load(path)
     if state.get("kind") != "checkpoint":
-        raise ValueError(f"checkpoint {path}: want a checkpoint of a training run, got {state.get('kind', 'another file')}")
+        raise ValueError(
+            f"checkpoint {path}: want a checkpoint of a training run, got {state.get('kind', 'another file')}"
+        )
     try:
         t.model.load_state_dict(state["model"])
     except RuntimeError as error:

@@ -1,18 +1,12 @@
-"""The optimizer with its few parameter groups, and the table of what is trained."""
+"""Optimizers with few parameter groups, and the table of what is trained."""
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 from torch import nn
 
-NORMS = (
-    nn.modules.batchnorm._NormBase,  # batch, sync-batch and instance norm
-    nn.GroupNorm,
-    nn.LayerNorm,
-    nn.RMSNorm,
-)
+# Layers whose affine parameters are scale and shift of a normalisation.
+NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
 
 def build_optimizer(
@@ -28,91 +22,67 @@ def build_optimizer(
     bias_lr: float = 1.0,
     bias_weight_decay: float = 1.0,
 ) -> torch.optim.Optimizer:
-    """An optimizer over the trainable parameters, one group for each combination of learning rate and decay.
+    """An optimizer over the trainable parameters, grouped by equal learning rate and weight decay.
 
-    Each group carries ``"factor"``: its share of the base learning rate. A schedule sets
-    ``group["lr"] = base * group["factor"]`` in every step.
+    Each group carries "factor", what its learning rate is multiplied with besides the schedule.
 
     Args:
-        model: parameters without gradient are left out.
         name: "sgd" or "adamw".
-        lr: base learning rate.
-        weight_decay: base weight decay.
         momentum: of SGD.
-        backbone: the part of ``model`` whose factor is ``backbone_lr``.
-        backbone_lr: factor on ``lr``.
-        norm_weight_decay: False takes weights and biases of norm layers out of the decay.
-        bias_lr: factor on ``lr`` for the biases of all other layers.
-        bias_weight_decay: factor on ``weight_decay`` for the biases of all other layers.
+        backbone, backbone_lr: part of the model with a factor of its own.
+        norm_weight_decay: False takes the affine parameters of norms out of the decay.
+        bias_lr, bias_weight_decay: factors for the biases of all other layers (method section 1.2).
 
     Raises:
-        ValueError: unknown name, or the model has nothing to train.
-
-    Source:
-        Method sections 1.0, 1.2 (bias factors of FCOS) and 1.9.
+        ValueError: nothing is trainable, or an unknown name.
     """
-    if name not in ("sgd", "adamw"):
-        raise ValueError(f"optimizer: want sgd or adamw, got {name!r}")
-    inside = set() if backbone is None else {id(parameter) for parameter in backbone.parameters()}
+    in_backbone = set() if backbone is None else {id(p) for p in backbone.parameters()}
     groups: dict[tuple[float, float], list[nn.Parameter]] = {}
-    for parameter, norm, bias in _trainable(model):
-        factor = backbone_lr if id(parameter) in inside else 1.0
-        decay = weight_decay
-        if norm:
-            decay = weight_decay if norm_weight_decay else 0.0
-        elif bias:
-            factor, decay = factor * bias_lr, weight_decay * bias_weight_decay
-        groups.setdefault((factor, decay), []).append(parameter)
+    seen: set[int] = set()
+    for module in model.modules():
+        for parameter_name, parameter in module.named_parameters(recurse=False):
+            if not parameter.requires_grad or id(parameter) in seen:
+                continue
+            seen.add(id(parameter))
+            factor, decay = backbone_lr if id(parameter) in in_backbone else 1.0, weight_decay
+            if isinstance(module, NORMS):
+                decay = decay if norm_weight_decay else 0.0
+            elif parameter_name == "bias":
+                factor, decay = factor * bias_lr, decay * bias_weight_decay
+            groups.setdefault((factor, decay), []).append(parameter)
     if not groups:
-        raise ValueError("optimizer: the model has no trainable parameter; everything in it is frozen")
+        raise ValueError("nothing to train: every parameter of the model is frozen")
     rows = [
-        {"params": parameters, "lr": lr * factor, "weight_decay": decay, "factor": factor}
-        for (factor, decay), parameters in groups.items()
+        {"params": params, "factor": factor, "lr": lr * factor, "weight_decay": decay}
+        for (factor, decay), params in groups.items()
     ]
-    # The fused kernels of the CPU take every tensor for contiguous: with a gradient or a resumed state laid out otherwise
-    # than its parameter they are silently wrong. Those of CUDA check. On CPU a loop is fastest for SGD, foreach for AdamW.
-    fused = all(parameter.is_cuda for parameters in groups.values() for parameter in parameters)
-    foreach = None if fused else name == "adamw"
     if name == "sgd":
-        return torch.optim.SGD(rows, lr=lr, momentum=momentum, fused=fused, foreach=foreach)
-    return torch.optim.AdamW(rows, lr=lr, fused=fused, foreach=foreach)
+        return torch.optim.SGD(rows, lr=lr, momentum=momentum, fused=True)
+    if name == "adamw":
+        return torch.optim.AdamW(rows, lr=lr, fused=True)
+    raise ValueError(f"optimizer: want sgd or adamw, got {name!r}")
 
 
 def parameter_table(model: nn.Module) -> str:
-    """What is trained and what is frozen: one line per part of the model with its numbers of parameters, and a total.
-
-    A module without a forward pass of its own (a detector, a ModuleDict) is listed part by part. Tied parameters are
-    counted once, where they come first.
-    """
-    counts: dict[str, list[int]] = {}
-    seen: set[int] = set()
-    for part, parameters in _parts(model, ""):
-        for parameter in parameters:
-            if id(parameter) not in seen:
-                seen.add(id(parameter))
-                counts.setdefault(part, [0, 0])[0 if parameter.requires_grad else 1] += parameter.numel()
-    rows = [(part, *numbers) for part, numbers in counts.items()]
+    """What is trained and what is frozen, by part, as text; buffers such as frozen norms do not count."""
+    rows = []
+    for title, part in _parts(model):
+        numbers = [(p.numel(), p.requires_grad) for p in part.parameters()]
+        trained = sum(number for number, trains in numbers if trains)
+        rows.append((title, trained, sum(number for number, _ in numbers) - trained))
     rows.append(("total", sum(row[1] for row in rows), sum(row[2] for row in rows)))
-    width = max(len(row[0]) for row in rows)
-    lines = [f"{'parameters':{width}}  {'trained':>12}  {'frozen':>12}"]
-    return "\n".join(lines + [f"{part:{width}}  {trained:12,}  {frozen:12,}" for part, trained, frozen in rows])
+    width = max(len(title) for title, _, _ in rows)
+    lines = [f"{'part':{width}}  {'trained':>12}  {'frozen':>12}"]
+    return "\n".join(lines + [f"{title:{width}}  {trained:12,}  {frozen:12,}" for title, trained, frozen in rows])
 
 
-def _trainable(model: nn.Module) -> Iterator[tuple[nn.Parameter, bool, bool]]:
-    """(parameter, of a norm layer, bias) for each trainable parameter, tied ones once."""
-    seen: set[int] = set()
-    for module in model.modules():
-        for name, parameter in module.named_parameters(recurse=False):
-            if parameter.requires_grad and id(parameter) not in seen:
-                seen.add(id(parameter))
-                yield parameter, isinstance(module, NORMS), name == "bias"
-
-
-def _parts(module: nn.Module, prefix: str) -> Iterator[tuple[str, list[nn.Parameter]]]:
-    own = [(f"{prefix}{name}", [parameter]) for name, parameter in module.named_parameters(recurse=False)]
-    yield from own
-    for name, child in module.named_children():
-        if type(child).forward is nn.Module.forward:
-            yield from _parts(child, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", list(child.parameters())
+def _parts(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Modules two levels down: online.backbone, online.neck, ..., or the top level where that has no children."""
+    parts = []
+    for name, child in model.named_children():
+        inner = list(child.named_children())
+        parts += [(f"{name}.{key}", module) for key, module in inner] if inner else [(name, child)]
+        own = list(child.named_parameters(recurse=False))
+        if own and inner:
+            parts.append((name, nn.ParameterList([value for _, value in own])))
+    return [(name, part) for name, part in parts if any(True for _ in part.parameters())]

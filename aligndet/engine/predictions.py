@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import cv2
 
@@ -57,7 +58,7 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _record(name: str, found: Detections, classes: tuple[str, ...]) -> dict[str, object]:
+def _record(name: str, found: Detections, classes: tuple[str, ...]) -> dict[str, Any]:
     return {
         "file": name,
         "boxes": found.boxes.round(decimals=2).tolist(),

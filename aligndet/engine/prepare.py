@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -113,7 +113,7 @@ class Stage:
     """What differs between the three tasks: data, the function that joins samples to batches, and the model."""
 
     dataset: ViewPairs | LabelledImages | CropPairs
-    join: Callable[[list[Any]], tuple[Batch, ...]]
+    join: Callable[[Sequence[Any]], tuple[Batch, ...]]
     model: nn.Module
     backbone: nn.Module
     ema: EMA | None = None
@@ -127,13 +127,15 @@ def _pretraining(config: Config, log: Log) -> Stage:
         open_proposals(data.proposals),
         short_sides=data.short_side,
         long_side=data.long_side,
-        flip=data.flip,
+        flip_probability=data.flip,
         colour=data.colour,
         proposals_per_image=data.proposals_per_image,
         on_error=data.on_error,
         seed=config.seed,
     )
-    log.note(f"{data.proposals}: {len(dataset)} images with proposals, {dataset.without_proposals} without are left out")
+    log.note(
+        f"{data.proposals}: {len(dataset)} images with proposals, {dataset.without_proposals} without are left out"
+    )
     detector = build_detector(**detector_arguments(config.model, num_classes=1))
     if config.model.backbone_weights is None:
         log.warning(0, "model.backbone_weights is not set: the frozen backbone has random weights")
@@ -160,7 +162,7 @@ def _fine_tuning(config: Config, log: Log) -> Stage:
         root,
         short_sides=data.short_side,
         long_side=data.long_side,
-        flip=data.flip,
+        flip_probability=data.flip,
         on_error=data.on_error,
         seed=config.seed,
         rows=rows,
@@ -186,7 +188,7 @@ def _image_domain(config: Config, log: Log) -> Stage:
         list_images(data.images),
         size=max(data.short_side),
         scale=(data.crop_scale[0], data.crop_scale[1]),
-        flip=data.flip,
+        flip_probability=data.flip,
         on_error=data.on_error,
         seed=config.seed,
     )
@@ -246,7 +248,7 @@ def _momentum_branch(model: AlignDet) -> EMA | None:
     return None if model.momentum is None else EMA(model.online, model.momentum)
 
 
-def _single(samples: list[Any]) -> tuple[Batch]:
+def _single(samples: Sequence[Any]) -> tuple[Batch]:
     return (collate(samples),)
 
 

@@ -21,6 +21,7 @@ def convolution(inputs: int, outputs: int, size: int) -> nn.Conv2d:
     """A convolution of odd ``size`` that keeps height and width; N(0, 0.01), bias 0."""
     layer = nn.Conv2d(inputs, outputs, size, padding=size // 2)
     nn.init.normal_(layer.weight, std=0.01)
+    assert layer.bias is not None
     nn.init.zeros_(layer.bias)
     return layer
 

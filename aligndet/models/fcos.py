@@ -127,7 +127,9 @@ class FCOS(Detector):
         rows = None if matched is None or self.sample is None else self.sample(matched, image)
 
         classes = [self.head.classification(level) for level in levels]
-        scores = flat([self.predictors["score"](level) for level in classes], rows) if "score" in self.predictors else None
+        scores = (
+            flat([self.predictors["score"](level) for level in classes], rows) if "score" in self.predictors else None
+        )
         embeddings = None
         if "embedding" in self.predictors:
             projection = self.predictors["embedding"]
@@ -178,7 +180,10 @@ class FCOS(Detector):
     def _assign(self, points: Points, targets: Targets, images: int) -> Tensor:
         """Row of ``targets`` for every point of every image: int64 [B * P]."""
         reach = FIRST_RANGE * 2.0 ** torch.arange(len(self.strides), device=points.level.device)  # [L]
-        low, high = torch.cat([reach.new_tensor([-1.0]), reach[:-1]]), torch.cat([reach[:-1], reach.new_tensor([torch.inf])])
+        low, high = (
+            torch.cat([reach.new_tensor([-1.0]), reach[:-1]]),
+            torch.cat([reach[:-1], reach.new_tensor([torch.inf])]),
+        )
         ranges = torch.stack([low, high], dim=1)[points.level]
         radius = None if self.centre_radius is None else self.centre_radius * points.stride
         return assign_center(points.centres, ranges, targets, images, radius=radius).flatten()

@@ -26,6 +26,7 @@ class FPN(nn.Module):
         for layer in self.modules():
             if isinstance(layer, nn.Conv2d):
                 nn.init.xavier_uniform_(layer.weight)
+                assert layer.bias is not None
                 nn.init.zeros_(layer.bias)
 
     def forward(self, features: list[Tensor]) -> list[Tensor]:

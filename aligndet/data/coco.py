@@ -1,0 +1,211 @@
+"""COCO json into flat arrays; what does not serve is counted and reported, never silently shifted."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+import numpy as np
+
+
+@dataclass(frozen=True)
+class CocoAnnotations:
+    """The boxes of a COCO file; those of image i are rows offsets[i] .. offsets[i + 1].
+
+    Attributes:
+        path: of the file.
+        image_ids: int64 [n].
+        file_names: n, relative to the image folder.
+        sizes: int64 [n, 2], (height, width) px; 0 where the file does not say.
+        offsets: int64 [n + 1].
+        boxes: float32 [M, 4] xyxy px, clipped to the image.
+        labels: int64 [M], 0 .. K-1.
+        crowd: bool [M]; regions of many objects, no targets.
+        category_ids: int64 [K], the file's ids of the labels.
+        class_names: K names of the labels.
+        report: reason -> lines that name the annotations left out.
+    """
+
+    path: str
+    image_ids: np.ndarray
+    file_names: tuple[str, ...]
+    sizes: np.ndarray
+    offsets: np.ndarray
+    boxes: np.ndarray
+    labels: np.ndarray
+    crowd: np.ndarray
+    category_ids: np.ndarray
+    class_names: tuple[str, ...]
+    report: dict[str, list[str]] = field(default_factory=dict)
+
+    def __len__(self) -> int:
+        return len(self.file_names)
+
+    def rows_of(self, image: int) -> np.ndarray:
+        """The rows of the boxes of image ``image`` that are targets: int64 [m]."""
+        rows = np.arange(self.offsets[image], self.offsets[image + 1])
+        return rows[~self.crowd[rows]]
+
+    def report_lines(self) -> list[str]:
+        """One line for each reason for which annotations were left out."""
+        return [
+            f"{self.path}: {len(lines)} annotations left out, {reason}; the first: {lines[0]}"
+            for reason, lines in self.report.items()
+        ]
+
+
+def load_coco(path: str | Path, *, classes: Sequence[str] = ()) -> CocoAnnotations:
+    """Read a COCO file.
+
+    Left out and reported: boxes with a side below 1 px or without a number, boxes outside their image, annotations of
+    unknown images or categories. Boxes that reach over the border are clipped. (method section 1.0)
+
+    Args:
+        classes: keep only these categories, as labels 0 .. K-1 in this order; empty: all, by ascending id.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: not COCO json; a missing key; an image id or file name that occurs twice or leaves the folder; an
+            unknown class name.
+    """
+    tree = _read(Path(path))
+    categories = {
+        _key(c, "id", path, "categories", i): str(_key(c, "name", path, "categories", i))
+        for i, c in enumerate(tree["categories"])
+    }
+    wanted = _wanted(categories, classes, path)
+    image_ids, names, sizes = _images(tree["images"], path)
+    row_of = {image: row for row, image in enumerate(image_ids)}
+    label_of = {category: label for label, category in enumerate(wanted)}
+    report: dict[str, list[str]] = {}
+    kept = []
+    for index, annotation in enumerate(tree["annotations"]):
+        image = _key(annotation, "image_id", path, "annotations", index)
+        category = _key(annotation, "category_id", path, "annotations", index)
+        box = _key(annotation, "bbox", path, "annotations", index)
+        name = f"annotation {annotation.get('id', f'number {index}')}"
+        if image not in row_of:
+            report.setdefault("image unknown", []).append(f"{name}, image_id {image}")
+        elif category not in categories:
+            report.setdefault("category unknown", []).append(f"{name}, category_id {category}")
+        elif category in label_of:
+            corners, reason = _corners(box, sizes[row_of[image]])
+            if reason:
+                report.setdefault(reason, []).append(f"{name} of {names[row_of[image]]}, bbox {box}")
+            else:
+                kept.append((row_of[image], label_of[category], bool(annotation.get("iscrowd", 0)), corners))
+    kept.sort(key=lambda item: item[0])
+    counts = np.bincount([row for row, *_ in kept], minlength=len(names)) if kept else np.zeros(len(names), np.int64)
+    return CocoAnnotations(
+        path=str(path),
+        image_ids=np.array(image_ids, dtype=np.int64),
+        file_names=tuple(names),
+        sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
+        offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
+        boxes=np.array([corners for *_, corners in kept], dtype=np.float32).reshape(-1, 4),
+        labels=np.array([label for _, label, *_ in kept], dtype=np.int64),
+        crowd=np.array([crowd for _, _, crowd, _ in kept], dtype=bool),
+        category_ids=np.array(wanted, dtype=np.int64),
+        class_names=tuple(categories[category] for category in wanted),
+        report=report,
+    )
+
+
+def find_images(annotation_path: str | Path, folder: str | Path | None, file_names: Sequence[str]) -> Path:
+    """The folder that the file names of an annotation file are relative to.
+
+    Args:
+        folder: where they are; None looks beside the annotation file for the first folder that has the first names.
+
+    Raises:
+        FileNotFoundError: no folder tried has them; the message lists the folders.
+    """
+    first = list(file_names[:3])
+    tried = [Path(folder)] if folder is not None else list(_likely_folders(Path(annotation_path)))
+    for candidate in tried:
+        if all((candidate / name).is_file() for name in first):
+            return candidate
+    if folder is not None and tried[0].is_dir() and any((tried[0] / name).is_file() for name in file_names):
+        return tried[0]  # single missing files are the data set's affair
+    where = ", ".join(str(path) for path in tried)
+    raise FileNotFoundError(f"images of {annotation_path}: {first[0] if first else 'nothing'} is not in {where}")
+
+
+def _read(path: Path) -> dict[str, list[Any]]:
+    if not path.is_file():
+        raise FileNotFoundError(f"annotations {path}: no such file")
+    try:
+        tree = json.loads(path.read_bytes())
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"annotations {path}: not JSON: {error}") from None
+    for key in ("images", "annotations", "categories"):
+        if not isinstance(tree, dict) or not isinstance(tree.get(key), list):
+            raise ValueError(
+                f"annotations {path}: want COCO json with lists images, annotations, categories; {key} is not there"
+            )
+    return tree
+
+
+def _key(record: Any, key: str, path: str | Path, kind: str, index: int) -> Any:
+    if not isinstance(record, dict) or key not in record:
+        raise ValueError(f"annotations {path}: {kind}[{index}] has no {key!r}")
+    return record[key]
+
+
+def _wanted(categories: dict[int, str], classes: Sequence[str], path: str | Path) -> list[int]:
+    if not categories:
+        raise ValueError(f"annotations {path}: no categories")
+    if not classes:
+        return sorted(categories)
+    ids = {name: category for category, name in categories.items()}
+    for name in classes:
+        if name not in ids:
+            near = difflib.get_close_matches(name, list(ids), n=1, cutoff=0.0)[0]
+            raise ValueError(f"annotations {path}: no class {name!r}; the nearest is {near!r}")
+    if len(set(classes)) < len(classes):
+        raise ValueError(f"classes: one occurs twice in {list(classes)}")
+    return [ids[name] for name in classes]
+
+
+def _images(records: list[Any], path: str | Path) -> tuple[list[int], list[str], list[tuple[int, int]]]:
+    ids, names, sizes = [], [], []
+    for index, record in enumerate(records):
+        name = str(_key(record, "file_name", path, "images", index))
+        pure = PurePosixPath(name)
+        if pure.is_absolute() or ".." in pure.parts or not name:
+            raise ValueError(f"annotations {path}: images[{index}].file_name {name!r} leaves the image folder")
+        ids.append(int(_key(record, "id", path, "images", index)))
+        names.append(name)
+        sizes.append((int(record.get("height") or 0), int(record.get("width") or 0)))
+    if len(set(ids)) < len(ids):
+        double = next(i for i in ids if ids.count(i) > 1)
+        raise ValueError(f"annotations {path}: image id {double} occurs twice")
+    return ids, names, sizes
+
+
+def _corners(box: Any, size: tuple[int, int]) -> tuple[tuple[float, ...], str]:
+    """Clipped corners of an x, y, width, height box, or the reason for which it does not serve."""
+    try:
+        x, y, width, height = (float(value) for value in box)
+    except (TypeError, ValueError):
+        return (), "bbox is not four numbers"
+    if not np.isfinite([x, y, width, height]).all():
+        return (), "bbox is not finite"
+    if width < 1 or height < 1:
+        return (), "a side is below 1 px"
+    limit_y, limit_x = size if min(size) > 0 else (np.inf, np.inf)
+    corners = (max(x, 0.0), max(y, 0.0), min(x + width, limit_x), min(y + height, limit_y))
+    if corners[2] - corners[0] <= 0 or corners[3] - corners[1] <= 0:
+        return (), "box outside the image"
+    return corners, ""
+
+
+def _likely_folders(annotations: Path) -> Iterator[Path]:
+    here, above = annotations.parent, annotations.parent.parent
+    split = annotations.stem.rpartition("_")[2]
+    for base in (here, above):
+        yield from (base, base / split, base / "images", base / "images" / split, base / "JPEGImages")

@@ -1,0 +1,126 @@
+"""Labelled images, for fine-tuning and for evaluation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from aligndet.data.batch import Sample
+from aligndet.data.coco import CocoAnnotations
+from aligndet.data.retry import first_readable
+from aligndet.data.transforms import flip, read_image, resize
+
+
+class LabelledImages(Dataset[Sample]):
+    """Images of an annotation file with their boxes, resized and flipped at random.
+
+    Asked for as (index, position), like ``ViewPairs``. Images without a box are left out and counted in
+    ``without_boxes``; crowd regions are no targets.
+
+    Args:
+        annotations: boxes and labels.
+        root: folder that the file names are relative to.
+        rows: int64, which images of the file; None: all.
+        short_sides: px, one drawn per sample.
+        long_side: px, upper bound.
+        flip_probability: of the horizontal flip.
+        on_error: "skip" takes the next image for one that cannot be read.
+
+    Raises:
+        ValueError: no image has a box.
+    """
+
+    def __init__(
+        self,
+        annotations: CocoAnnotations,
+        root: str | Path,
+        *,
+        short_sides: tuple[int, ...],
+        long_side: int,
+        rows: np.ndarray | None = None,
+        flip_probability: float = 0.5,
+        on_error: str = "skip",
+        seed: int = 0,
+    ) -> None:
+        self.annotations, self.root = annotations, Path(root)
+        wanted = np.arange(len(annotations)) if rows is None else rows
+        self.rows = np.array([row for row in wanted.tolist() if len(annotations.rows_of(row))], dtype=np.int64)
+        self.without_boxes = len(wanted) - len(self.rows)
+        if not len(self.rows):
+            raise ValueError(f"annotations {annotations.path}: none of the {len(wanted)} images has a usable box")
+        self.short_sides, self.long_side = short_sides, long_side
+        self.flip_probability, self.on_error, self.seed = flip_probability, on_error, seed
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, key: tuple[int, int]) -> Sample:
+        index, position = key
+        (row, pixels), skipped = first_readable(self._load, index, len(self), self.on_error)
+        rng = np.random.default_rng((self.seed, position))
+        image, factors = resize(pixels, int(rng.choice(self.short_sides)), self.long_side)
+        boxes, labels = _targets(self.annotations, row)
+        boxes = boxes * factors
+        if rng.random() < self.flip_probability:
+            image, boxes = flip(image, boxes)
+        original = (pixels.shape[1], pixels.shape[2])
+        image_id = int(self.annotations.image_ids[row])
+        return Sample(image, boxes, labels, torch.arange(len(boxes)), original, image_id, skipped)
+
+    def _load(self, index: int) -> tuple[int, Tensor]:
+        row = int(self.rows[index])
+        return row, _read(self.annotations, self.root, row)
+
+
+class EvaluationImages(Dataset[Sample]):
+    """All images of an annotation file, in its order, at one size; asked for by index.
+
+    An unreadable image is an error that names it; with ``on_error`` "skip" it becomes a blank image that says so in
+    ``Sample.skipped``, so that its objects count as missed.
+    """
+
+    def __init__(
+        self, annotations: CocoAnnotations, root: str | Path, *, short_side: int, long_side: int, on_error: str = "skip"
+    ) -> None:
+        self.annotations, self.root = annotations, Path(root)
+        self.short_side, self.long_side, self.on_error = short_side, long_side, on_error
+
+    def __len__(self) -> int:
+        return len(self.annotations)
+
+    def __getitem__(self, index: int) -> Sample:
+        skipped: tuple[str, ...] = ()
+        try:
+            pixels = _read(self.annotations, self.root, index)
+        except (ValueError, FileNotFoundError) as error:
+            if self.on_error == "fail":
+                raise
+            skipped = (str(error),)
+            height, width = np.maximum(self.annotations.sizes[index], 1).tolist()
+            pixels = torch.zeros(3, height, width, dtype=torch.uint8)
+        image, factors = resize(pixels, self.short_side, self.long_side)
+        boxes, labels = _targets(self.annotations, index)
+        original = (pixels.shape[1], pixels.shape[2])
+        image_id = int(self.annotations.image_ids[index])
+        return Sample(image, boxes * factors, labels, torch.arange(len(boxes)), original, image_id, skipped)
+
+
+def _read(annotations: CocoAnnotations, root: Path, row: int) -> Tensor:
+    path = root / annotations.file_names[row]
+    image = read_image(path)
+    recorded = tuple(int(side) for side in annotations.sizes[row])
+    if min(recorded) > 0 and image.shape[:2] != recorded:
+        raise ValueError(
+            f"image {path}: {annotations.path} says {recorded[1]} x {recorded[0]} px, "
+            f"the file has {image.shape[1]} x {image.shape[0]}"
+        )
+    return torch.from_numpy(image).permute(2, 0, 1)
+
+
+def _targets(annotations: CocoAnnotations, row: int) -> tuple[Tensor, Tensor]:
+    rows = annotations.rows_of(row)
+    return torch.from_numpy(annotations.boxes[rows]), torch.from_numpy(annotations.labels[rows])

@@ -1,0 +1,373 @@
+"""Average precision by pycocotools, detections of a whole data set, and predictions in COCO's format."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
+from torch import Tensor
+
+from aligndet.engine.distributed import World, gather_objects
+from aligndet.protocol import Detector
+from aligndet.structures import Batch, Detections
+
+METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
+IOU_TYPES = ("bbox", "segm")
+PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+REPORT_EVERY = 10.0  # s
+
+
+class Batches(Protocol):
+    """What can be walked through once and knows its length: a DataLoader, a list."""
+
+    def __iter__(self) -> Iterator[Batch]: ...
+
+    def __len__(self) -> int: ...
+
+
+def coco_metrics(
+    annotation_file: str | Path,
+    detections: Mapping[int, Detections] | Sequence[Detections],
+    iou_type: str = "bbox",
+    *,
+    classes: Sequence[str] = (),
+    per_class: bool = False,
+) -> dict[str, Any]:
+    """COCO's twelve metrics of detections against an annotation file.
+
+    Args:
+        annotation_file: COCO json; "area", "iscrowd", annotation ids and "info" may be missing.
+        detections: by image id, or one per image in the order of the file; an image without an entry has no detections.
+            Boxes in px of the original images; label k is the k-th of ``classes``, or without them the category with
+            the k-th smallest id of the file.
+        iou_type: "bbox" or "segm".
+        classes: evaluate only these; names of the file's categories.
+        per_class: add ``"classes": {name: {"AP": ..., "AP50": ...}}``.
+
+    Returns:
+        AP, AP50, AP75, APs, APm, APl, AR1, AR10, AR100, ARs, ARm, ARl in 0 .. 1. A metric without a single object to
+        find (no small ones, an empty file) is nan, where pycocotools gives -1. No detections give 0.
+
+    Raises:
+        FileNotFoundError: there is no annotation file.
+        ValueError: it is no COCO file or lacks a class; a detection has an unknown image, label or a value that is not
+            finite; masks are missing or of another size for "segm".
+    """
+    if iou_type not in IOU_TYPES:
+        raise ValueError(f"iou_type: want one of {', '.join(IOU_TYPES)}, got {iou_type!r}")
+    truth = _read_truth(annotation_file, classes)
+    found = _records(_by_image(detections, truth), truth, iou_type)
+    with contextlib.redirect_stdout(io.StringIO()):
+        evaluation = COCOeval(_coco(truth, _true_records(truth, iou_type)), _coco(truth, found), iou_type)
+        evaluation.params.catIds = list(truth.categories)
+        evaluation.evaluate()
+        evaluation.accumulate()
+        evaluation.summarize()
+    metrics: dict[str, Any] = dict(zip(METRICS, map(_known, evaluation.stats), strict=True))
+    if per_class:
+        metrics["classes"] = _per_class(evaluation, truth.categories)
+    return metrics
+
+
+def evaluate_detector(detector: Detector, loader: Batches, world: World, amp: str = "off") -> dict[int, Detections]:
+    """The detections of the images of all ranks by image id, on the CPU, in px of the original images.
+
+    The detector runs in evaluation mode and is left in the mode it had. Images that could not be read have no entry of
+    their own and are reported on stderr, as is the progress.
+
+    Args:
+        detector: on the device of ``world``.
+        loader: this rank's share of the images.
+        amp: "off", "bf16" or "fp16".
+
+    Returns:
+        The same on every rank, ascending by image id.
+    """
+    found: dict[int, Detections] = {}
+    began = reported = time.monotonic()
+    autocast = torch.autocast(world.device.type, dtype=PRECISIONS[amp], enabled=amp != "off")
+    with _evaluating(detector), torch.no_grad(), autocast:
+        for number, batch in enumerate(loader, start=1):
+            for line in batch.skipped:
+                print(f"warning: evaluation without an image: {line}", file=sys.stderr, flush=True)
+            on_device = batch.to(world.device, non_blocking=True)
+            found |= zip(batch.image_ids, _detect(detector, on_device), strict=True)
+            now = time.monotonic()
+            if world.rank == 0 and now - reported >= REPORT_EVERY:
+                reported = now
+                rate = len(found) / (now - began)
+                left = (now - began) / number * (len(loader) - number)
+                progress = f"evaluation: batch {number}/{len(loader)}  {rate:.1f} images/s  {left:.0f} s left"
+                print(progress, file=sys.stderr, flush=True)
+    gathered = gather_objects(found, world)
+    return dict(sorted((image_id, item) for part in gathered for image_id, item in part.items()))
+
+
+def save_predictions(
+    path: str | Path,
+    annotation_file: str | Path,
+    detections: Mapping[int, Detections] | Sequence[Detections],
+    classes: Sequence[str] = (),
+) -> None:
+    """Write detections in COCO's results format: image and category ids of the file, boxes x, y, width, height px.
+
+    Masks are written as run lengths where the detections have them. Arguments and errors as in ``coco_metrics``; the
+    file at ``path`` is replaced whole.
+    """
+    truth = _read_truth(annotation_file, classes)
+    by_image = _by_image(detections, truth)
+    masked = any(item.masks is not None for item in by_image.values())
+    records = []
+    for record in _records(by_image, truth, "segm" if masked else "bbox"):
+        kept = {key: record[key] for key in ("image_id", "category_id", "bbox", "score")}
+        if masked:
+            mask = record["segmentation"]
+            kept["segmentation"] = {"size": mask["size"], "counts": mask["counts"].decode("ascii")}
+        records.append(kept)
+    temporary = Path(path).with_name(Path(path).name + ".tmp")
+    temporary.write_text(json.dumps(records))
+    os.replace(temporary, path)
+
+
+def load_predictions(
+    path: str | Path, annotation_file: str | Path, classes: Sequence[str] = ()
+) -> dict[int, Detections]:
+    """What ``save_predictions`` wrote, or another program in COCO's results format, with an entry for every image.
+
+    Detections of categories that are not among ``classes`` are left out.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no list of COCO results, or an image or category is not in the annotation file.
+    """
+    truth = _read_truth(annotation_file, classes)
+    rows: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in truth.sizes}
+    label_of = {category_id: label for label, category_id in enumerate(truth.categories)}
+    records = _read_json(path, "predictions")
+    if not isinstance(records, list):
+        raise ValueError(f"predictions {path}: want a list of results, got {type(records).__name__}")
+    for number, record in enumerate(records):
+        try:
+            image_id, category_id, _, _ = record["image_id"], record["category_id"], record["score"], record["bbox"][3]
+        except (KeyError, TypeError, IndexError):
+            want = "image_id, category_id, score and a bbox of 4 numbers"
+            raise ValueError(f"predictions {path}, row {number}: want {want}, got {str(record)[:100]}") from None
+        if image_id not in rows or category_id not in truth.all_categories:
+            ids = f"image {image_id}, category {category_id}"
+            raise ValueError(f"predictions {path}, row {number}: {ids} is not in {annotation_file}")
+        if category_id in label_of:
+            rows[image_id].append(record)
+    return {image_id: _detections(part, label_of) for image_id, part in rows.items()}
+
+
+@contextlib.contextmanager
+def _evaluating(detector: Detector) -> Iterator[None]:
+    """Evaluation mode; afterwards each module has the mode it had."""
+    modes = [(module, module.training) for module in detector.modules()]
+    detector.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+
+
+def _detect(detector: Detector, batch: Batch) -> list[Detections]:
+    """Detections of each image in px of its file, on the CPU."""
+    candidates = detector.candidates(detector.features(batch.images, batch.sizes), batch.sizes)
+    found = detector.detect(candidates, batch.sizes)
+    sizes = zip(found, batch.sizes.tolist(), batch.original_sizes.tolist(), strict=True)
+    return [item.resized((h, w), (height, width)).to("cpu") for item, (h, w), (height, width) in sizes]
+
+
+@dataclass(frozen=True)
+class _Truth:
+    """An annotation file, of which only some categories may be asked for.
+
+    Attributes:
+        path: the file.
+        sizes: (height, width) px by image id, in the order of the file; zeros where the file has none.
+        categories: names by category id, in the order of labels.
+        all_categories: the ids of every category of the file.
+        annotations: as in the file.
+    """
+
+    path: Path
+    sizes: dict[int, tuple[int, int]]
+    categories: dict[int, str]
+    all_categories: frozenset[int]
+    annotations: list[dict[str, Any]]
+
+
+def _read_truth(path: str | Path, classes: Sequence[str]) -> _Truth:
+    path = Path(path)
+    content = _read_json(path, "annotations")
+    try:
+        sizes = {image["id"]: (image.get("height", 0), image.get("width", 0)) for image in content["images"]}
+        names = {category["id"]: str(category["name"]) for category in content["categories"]}
+        annotations = content["annotations"]
+        categories = {category_id: names[category_id] for category_id in sorted(names)}
+    except (KeyError, TypeError, AttributeError) as error:
+        want = "images, annotations and categories with their ids, as in COCO"
+        raise ValueError(f"annotations {path}: want {want}; problem: {type(error).__name__} {error}") from None
+    if classes:
+        by_name = {name: category_id for category_id, name in categories.items()}
+        twice = [name for name in classes if list(classes).count(name) + list(names.values()).count(name) > 2]
+        if twice:
+            raise ValueError(
+                f"annotations {path}: want each class once in classes and in the file, got {twice[0]!r} twice"
+            )
+        missing = [name for name in classes if name not in by_name]
+        if missing:
+            raise ValueError(f"annotations {path}: no category {missing[0]!r}; it has {', '.join(by_name)}")
+        categories = {by_name[name]: name for name in classes}
+    return _Truth(path, sizes, categories, frozenset(names), annotations)
+
+
+def _read_json(path: str | Path, kind: str) -> Any:
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{kind} {path}: no such file")
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError as error:
+        raise ValueError(f"{kind} {path}: not readable as JSON: {error}") from None
+
+
+def _by_image(detections: Mapping[int, Detections] | Sequence[Detections], truth: _Truth) -> dict[int, Detections]:
+    if not isinstance(detections, Mapping):
+        if len(detections) != len(truth.sizes):
+            counts = f"{len(truth.sizes)} images, got detections of {len(detections)}"
+            raise ValueError(f"annotations {truth.path}: want one Detections for each of its {counts}")
+        return dict(zip(truth.sizes, detections, strict=True))
+    unknown = [image_id for image_id in detections if image_id not in truth.sizes]
+    if unknown:
+        raise ValueError(f"annotations {truth.path}: no image with id {unknown[0]!r}, but there are detections of it")
+    return dict(detections)
+
+
+def _records(detections: Mapping[int, Detections], truth: _Truth, iou_type: str) -> list[dict[str, Any]]:
+    """Detections as pycocotools wants them; areas of masks for "segm", else of boxes."""
+    ids = list(truth.categories)
+    records: list[dict[str, Any]] = []
+    for image_id, item in detections.items():
+        _check(item, image_id, len(ids))
+        boxes = item.boxes.double()
+        boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)  # x, y, width, height
+        rows = zip(boxes.tolist(), item.scores.tolist(), item.labels.tolist(), strict=True)
+        masks = _encoded(item, image_id, truth) if iou_type == "segm" else None
+        for row, (box, score, label) in enumerate(rows):
+            record = {"id": len(records) + 1, "image_id": image_id, "category_id": ids[label], "bbox": box}
+            record |= {"score": score, "area": box[2] * box[3], "iscrowd": 0}
+            if masks is not None:
+                record |= {"segmentation": masks[row], "area": float(rle.area(masks[row]))}
+            records.append(record)
+    return records
+
+
+def _check(item: Detections, image_id: int, classes: int) -> None:
+    if len(item) == 0:
+        return
+    if not bool(item.boxes.isfinite().all() and item.scores.isfinite().all()):
+        raise ValueError(f"detections of image {image_id}: want finite boxes and scores")
+    low, high = int(item.labels.min()), int(item.labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(f"detections of image {image_id}: want labels in 0 .. {classes - 1}, got {low} .. {high}")
+
+
+def _encoded(item: Detections, image_id: int, truth: _Truth) -> list[dict[str, Any]]:
+    if len(item) == 0:
+        return []
+    if item.masks is None:
+        raise ValueError(f"detections of image {image_id}: iou_type segm wants masks, got boxes only")
+    if tuple(item.masks.shape[1:]) != truth.sizes[image_id]:
+        got = f"{list(item.masks.shape[1:])}, in the file {list(truth.sizes[image_id])}"
+        raise ValueError(
+            f"detections of image {image_id}: want masks of the size (height, width) px of the image, got {got}"
+        )
+    return rle.encode(np.asfortranarray(item.masks.permute(1, 2, 0).to(torch.uint8).numpy()))
+
+
+def _true_records(truth: _Truth, iou_type: str) -> list[dict[str, Any]]:
+    """The annotations with what pycocotools needs.
+
+    They are numbered anew: pycocotools takes a match with annotation id 0 for none, and mixes up equal ids.
+    """
+    records = []
+    for number, annotation in enumerate(truth.annotations, start=1):
+        needed = ("image_id", "category_id", "bbox" if iou_type == "bbox" else "segmentation")
+        missing = [key for key in needed if not isinstance(annotation, dict) or annotation.get(key) in (None, [])]
+        if missing:
+            where = f"annotation {annotation.get('id', number) if isinstance(annotation, dict) else number}"
+            raise ValueError(f"annotations {truth.path}: {where} has no {', '.join(missing)}, which {iou_type} needs")
+        record = {**annotation, "id": number, "iscrowd": int(annotation.get("iscrowd", 0))}
+        if record.get("area") is None:
+            record["area"] = _area(record, truth) if iou_type == "segm" else record["bbox"][2] * record["bbox"][3]
+        records.append(record)
+    return records
+
+
+def _area(record: Mapping[str, Any], truth: _Truth) -> float:
+    helper = COCO()
+    height, width = truth.sizes[record["image_id"]]
+    helper.imgs = {record["image_id"]: {"height": height, "width": width}}
+    return float(rle.area(helper.annToRLE(record)))
+
+
+def _coco(truth: _Truth, records: list[dict[str, Any]]) -> COCO:
+    """A COCO object from memory; unlike ``loadRes`` it works without detections and without "info"."""
+    coco = COCO()
+    images = [{"id": image_id, "height": size[0], "width": size[1]} for image_id, size in truth.sizes.items()]
+    categories = [{"id": category_id, "name": name} for category_id, name in truth.categories.items()]
+    known = [record for record in records if record["category_id"] in truth.categories]
+    coco.dataset = {"info": {}, "images": images, "categories": categories, "annotations": known}
+    coco.createIndex()
+    return coco
+
+
+def _per_class(evaluation: COCOeval, categories: Mapping[int, str]) -> dict[str, dict[str, float]]:
+    """AP and AP50 of each class in the order of labels; names that occur twice get their category id."""
+    # [T, R, K, A, M]: IoU thresholds, recalls, categories by ascending id, areas (0 = all), limits (last = 100)
+    precision = evaluation.eval["precision"][..., 0, -1]  # [T, R, K]
+    names = list(categories.values())
+    columns = {category_id: column for column, category_id in enumerate(evaluation.params.catIds)}
+    result = {}
+    for category_id, name in categories.items():
+        values = precision[..., columns[category_id]]
+        unique = name if names.count(name) == 1 else f"{name} ({category_id})"
+        result[unique] = {"AP": _known(values.mean()), "AP50": _known(values[0].mean())}
+    return result
+
+
+def _known(value: float) -> float:
+    return math.nan if value < 0 else float(value)
+
+
+def _detections(records: list[dict[str, Any]], label_of: Mapping[int, int]) -> Detections:
+    records = sorted(records, key=lambda record: -record["score"])
+    boxes = torch.tensor([record["bbox"] for record in records], dtype=torch.float64).reshape(-1, 4)
+    boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1).float()
+    scores = torch.tensor([record["score"] for record in records], dtype=torch.float32)
+    labels = torch.tensor([label_of[record["category_id"]] for record in records], dtype=torch.int64)
+    return Detections(boxes, scores, labels, _decoded(records))
+
+
+def _decoded(records: list[dict[str, Any]]) -> Tensor | None:
+    if not records or any("segmentation" not in record for record in records):
+        return None
+    masks = np.stack([rle.decode(record["segmentation"]) for record in records])
+    return torch.from_numpy(masks).bool()

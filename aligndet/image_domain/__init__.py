@@ -1,0 +1,1 @@
+"""Stage 1 of the paper: pre-training a backbone on unlabelled images."""

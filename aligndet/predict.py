@@ -1,0 +1,77 @@
+"""Detections for images in one call."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from aligndet.data.batch import Sample, collate
+from aligndet.data.transforms import read_image, resize
+from aligndet.protocol import Detector
+from aligndet.structures import Detections
+
+
+def predict(
+    detector: Detector,
+    images: Sequence[Tensor | str | Path],
+    score_threshold: float = 0.05,
+    *,
+    short_side: int = 800,
+    long_side: int = 1333,
+) -> list[Detections]:
+    """The detections of each image, best first, on the CPU; the detector's mode is left as it was.
+
+    Args:
+        images: uint8 [3, H, W] RGB tensors or files.
+        score_threshold: lowest score kept; not below ``detector.score_threshold``, which acts first.
+        short_side, long_side: px the images are resized to, as in training.
+
+    Returns:
+        One Detections per image, boxes in px of that image.
+
+    Raises:
+        ValueError: a tensor that is not such an image, an unreadable file, or a threshold below the detector's.
+    """
+    if isinstance(images, (str, Path, Tensor)):
+        raise ValueError("images: want a list of tensors or files, got one; pass [image]")
+    if score_threshold < detector.score_threshold:
+        raise ValueError(
+            f"score_threshold: the detector itself drops scores below {detector.score_threshold}, got {score_threshold}; "
+            "set detector.score_threshold lower first"
+        )
+    device = next(detector.parameters()).device
+    training = detector.training
+    detector.eval()
+    results = []
+    with torch.inference_mode():
+        for image in images:
+            pixels = _pixels(image)
+            resized, _ = resize(pixels, short_side, long_side)
+            height, width = pixels.shape[1:]
+            nothing = torch.zeros(0, dtype=torch.int64)
+            sample = Sample(resized, torch.zeros(0, 4), nothing, nothing, (height, width), 0)
+            batch = collate([sample], multiple=detector.size_divisor).to(device)
+            candidates = detector.candidates(detector.features(batch.images, batch.sizes), batch.sizes)
+            found = detector.detect(candidates, batch.sizes)[0]
+            found = found.resized((resized.shape[1], resized.shape[2]), (height, width)).to("cpu")
+            results.append(_above(found, score_threshold))
+    detector.train(training)
+    return results
+
+
+def _pixels(image: Tensor | str | Path) -> Tensor:
+    if isinstance(image, (str, Path)):
+        return torch.from_numpy(read_image(image)).permute(2, 0, 1)
+    if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
+        raise ValueError(f"images: want uint8 [3, H, W] RGB, got {image.dtype} {list(image.shape)}")
+    return image.cpu()
+
+
+def _above(found: Detections, threshold: float) -> Detections:
+    keep = found.scores >= threshold
+    masks = None if found.masks is None else found.masks[keep]
+    return replace(found, boxes=found.boxes[keep], scores=found.scores[keep], labels=found.labels[keep], masks=masks)

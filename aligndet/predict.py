@@ -40,26 +40,30 @@ def predict(
         raise ValueError("images: want a list of tensors or files, got one; pass [image]")
     if score_threshold < detector.score_threshold:
         raise ValueError(
-            f"score_threshold: the detector itself drops scores below {detector.score_threshold}, got {score_threshold}; "
+            f"score_threshold: the detector drops scores below {detector.score_threshold}, got {score_threshold}; "
             "set detector.score_threshold lower first"
         )
     device = next(detector.parameters()).device
-    training = detector.training
+    modes = [(module, module.training) for module in detector.modules()]
     detector.eval()
     results = []
-    with torch.inference_mode():
-        for image in images:
-            pixels = _pixels(image)
-            resized, _ = resize(pixels, short_side, long_side)
-            height, width = pixels.shape[1:]
-            nothing = torch.zeros(0, dtype=torch.int64)
-            sample = Sample(resized, torch.zeros(0, 4), nothing, nothing, (height, width), 0)
-            batch = collate([sample], multiple=detector.size_divisor).to(device)
-            candidates = detector.candidates(detector.features(batch.images, batch.sizes), batch.sizes)
-            found = detector.detect(candidates, batch.sizes)[0]
-            found = found.resized((resized.shape[1], resized.shape[2]), (height, width)).to("cpu")
-            results.append(_above(found, score_threshold))
-    detector.train(training)
+    try:
+        # Not inference_mode: what a detector caches here must still serve in training.
+        with torch.no_grad():
+            for image in images:
+                pixels = _pixels(image)
+                resized, _ = resize(pixels, short_side, long_side)
+                height, width = pixels.shape[1:]
+                nothing = torch.zeros(0, dtype=torch.int64)
+                sample = Sample(resized, torch.zeros(0, 4), nothing, nothing, (height, width), 0)
+                batch = collate([sample], multiple=detector.size_divisor).to(device)
+                candidates = detector.candidates(detector.features(batch.images, batch.sizes), batch.sizes)
+                found = detector.detect(candidates, batch.sizes)[0]
+                found = found.resized((resized.shape[1], resized.shape[2]), (height, width)).to("cpu")
+                results.append(_above(found, score_threshold))
+    finally:
+        for module, training in modes:
+            module.training = training
     return results
 
 

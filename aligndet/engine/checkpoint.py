@@ -6,6 +6,7 @@ import os
 import platform
 import random
 import zipfile
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +22,11 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     """Write nested tensors and plain values; a crash or a full disk leaves the file that was there before.
 
     Raises:
-        ValueError: the folder cannot be written or the disk is full.
+        ValueError: the folder cannot be written, the disk is full, or a value is neither tensor nor plain: ``load``
+            would refuse the file.
     """
     path = Path(path)
+    _check_plain(state, "state")
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
@@ -54,6 +57,11 @@ def load(path: str | Path) -> dict[str, Any]:
     if not zipfile.is_zipfile(path):
         raise ValueError(f"checkpoint {path}: cut short, or not a checkpoint; delete it to start afresh")
     try:
+        # torch itself does not look at the checksums: a flipped bit would become a wrong weight.
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"wrong checksum in its part {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch.load raises a dozen kinds of errors for damaged and for refused files; each means the same here.
@@ -103,3 +111,18 @@ def versions() -> dict[str, str]:
         "opencv": cv2.__version__,
         "python": platform.python_version(),
     }
+
+
+def _check_plain(value: Any, where: str) -> None:
+    """Exact types: a numpy float is a float too, but one that ``load`` refuses."""
+    if isinstance(value, torch.Tensor) or type(value) in (int, float, str, bool, type(None)):
+        return
+    if type(value) in (dict, OrderedDict):
+        for key, item in value.items():
+            _check_plain(key, f"key {key!r} of {where}")
+            _check_plain(item, f"{where}[{key!r}]")
+    elif type(value) in (list, tuple):
+        for index, item in enumerate(value):
+            _check_plain(item, f"{where}[{index}]")
+    else:
+        raise ValueError(f"checkpoint {where}: want tensors and plain values, got {type(value).__name__}")

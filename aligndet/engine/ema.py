@@ -10,7 +10,7 @@ class EMA:
     """Moves the parameters of ``target`` towards those of ``source``.
 
     Args:
-        source: the trained module; it may have more parameters than ``target`` (a backbone that both share).
+        source: the trained module; it may have more frozen parameters than ``target`` (a backbone that both share).
         target: the averaged module; each of its parameters has a namesake of the same shape in ``source``.
 
     Raises:
@@ -23,6 +23,10 @@ class EMA:
         strange = [name for name, value in pairs if name not in own or own[name].shape != value.shape]
         if strange:
             raise ValueError(f"EMA: no parameter of that name and shape in the source for {', '.join(strange[:5])}")
+        known = {name for name, _ in pairs}
+        lost = [name for name, value in own.items() if value.requires_grad and name not in known]
+        if lost:
+            raise ValueError(f"EMA: trained parameters without a namesake in the target: {', '.join(lost[:5])}")
         self.source: list[Tensor] = [own[name] for name, _ in pairs]
         self.target: list[Tensor] = [value for _, value in pairs]
 

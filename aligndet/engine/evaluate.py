@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -369,5 +370,8 @@ def _detections(records: list[dict[str, Any]], label_of: Mapping[int, int]) -> D
 def _decoded(records: list[dict[str, Any]]) -> Tensor | None:
     if not records or any("segmentation" not in record for record in records):
         return None
-    masks = np.stack([rle.decode(record["segmentation"]) for record in records])
+    with warnings.catch_warnings():
+        # pycocotools still speaks to numpy as if it were version 1.
+        warnings.simplefilter("ignore", DeprecationWarning)
+        masks = np.stack([rle.decode(record["segmentation"]) for record in records])
     return torch.from_numpy(masks).bool()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sys
 import time
@@ -23,6 +24,10 @@ class Log:
         self.path = folder / "log.jsonl"
         self.main = world.rank == 0
         self.began: tuple[int, float] | None = None  # step and time of the first progress since the start
+        if self.main and self.path.exists():
+            # What a kill left unfinished must go before anything is appended to it.
+            content = self.path.read_bytes()
+            os.truncate(self.path, content.rfind(b"\n") + 1)
 
     def note(self, text: str) -> None:
         """A line for people, kept in the file."""
@@ -44,7 +49,8 @@ class Log:
         parts = [f"{name} {value:.4g}" for name, value in losses.items()]
         times = f"data {numbers['data_time']:.3f} s  step {numbers['step_time']:.3f} s"
         left = "" if eta is None else f"  ETA {_clock(eta)}"
-        line = f"step {step}/{steps}  loss {sum(losses.values()):.4g} ({', '.join(parts)})  lr {numbers['lr']:.3g}  {times}{left}"
+        total = f"loss {sum(losses.values()):.4g} ({', '.join(parts)})"
+        line = f"step {step}/{steps}  {total}  lr {numbers['lr']:.3g}  {times}{left}"
         if self.main and sys.stderr.isatty():
             print(f"\r\x1b[K{line}", end="\n" if step == steps else "", file=sys.stderr, flush=True)
         else:
@@ -64,7 +70,7 @@ class Log:
             return
         file: IO[str]
         with open(self.path, "a") as file:
-            file.write(json.dumps({**record, "time": round(time.time(), 3)}) + "\n")
+            file.write(json.dumps(_finite({**record, "time": round(time.time(), 3)})) + "\n")
 
     def _say(self, text: str) -> None:
         if self.main:
@@ -82,6 +88,13 @@ def read_log(path: str | Path) -> list[dict[str, Any]]:
             if number < len(lines) - 1:
                 raise ValueError(f"log {path}: line {number + 1} is not JSON") from None
     return records
+
+
+def _finite(value: Any) -> Any:
+    """JSON has no infinity (the gradient norm of a step that fp16 skips): null instead."""
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _clock(seconds: float) -> str:

@@ -152,7 +152,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
 
 
 def from_dict(tree: Mapping[str, Any]) -> Config:
-    """A checked Config from nested plain values, as ``to_dict`` or YAML gives them; unnamed keys take their defaults."""
+    """A checked Config from nested plain values, as ``to_dict`` or YAML gives them; others take their defaults."""
     config = _build(Config, tree, "")
     _check_task(config, tree)
     _check_combinations(config)

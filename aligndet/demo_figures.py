@@ -52,8 +52,10 @@ def _detections(path: Path, runs: Sequence[Path], val: str, root: Path, size: in
         part = slice(annotations.offsets[row], annotations.offsets[row + 1])
         labels = torch.from_numpy(np.array(annotations.labels[part]))
         truths.append(Detections(torch.from_numpy(np.array(annotations.boxes[part])), torch.ones(len(labels)), labels))
-    rows = [(read_image(root / name), truths[row], columns[0][row], columns[1][row]) for row, name in enumerate(names)]
-    figures.detections_figure(path, rows, annotations.class_names, ("labels", "backbone only", "AlignDet"))
+    rows = [
+        (read_image(root / name), (truths[row], *(column[row] for column in columns))) for row, name in enumerate(names)
+    ]
+    figures.detections_figure(path, rows, ("labels", "backbone only", "AlignDet"), annotations.class_names)
 
 
 def _run(out: Path, start: str, seed: int) -> Path:

@@ -61,7 +61,7 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def localization_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
-        """The losses that need no class labels: box, centerness, RPN, mask; scalars with a graph, also without boxes."""
+        """Losses that need no class labels (box, centerness, RPN, mask): scalars with a graph, also without boxes."""
 
     @abstractmethod
     def classification_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
@@ -69,7 +69,7 @@ class Detector(nn.Module, ABC):
 
     @abstractmethod
     def detect(self, candidates: Candidates, sizes: Tensor) -> list[Detections]:
-        """Threshold, suppress, rank: one Detections per image, boxes in px of the batch tensor, clipped to ``sizes``."""
+        """Threshold, suppress, rank: one Detections per image, boxes in px of the batch tensor clipped to ``sizes``."""
 
     def features(self, images: Tensor, sizes: Tensor) -> list[Tensor]:
         """The backbone's outputs for uint8 images [B, 3, H, W] of the given ``sizes`` int64 [B, 2]."""

@@ -7,6 +7,7 @@ px, half-open (width = x1 - x0). Sizes are ``(height, width)`` in px.
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,9 @@ class Targets:
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> Targets:
         """The same targets on ``device``."""
-        return replace(self, **{item.name: _moved(getattr(self, item.name), device, non_blocking) for item in fields(self)})
+        return replace(
+            self, **{item.name: _moved(getattr(self, item.name), device, non_blocking) for item in fields(self)}
+        )
 
 
 @dataclass(frozen=True)
@@ -158,9 +161,9 @@ def no_targets(device: torch.device | str = "cpu") -> Targets:
     return Targets(torch.zeros(0, 4, device=device), rows, rows, rows)
 
 
-def _moved(value: Tensor | None, device: torch.device | str, non_blocking: bool) -> Tensor | None:
+def _moved(value: Tensor | None, device: torch.device | str, non_blocking: bool) -> Any:
     return None if value is None else value.to(device, non_blocking=non_blocking)
 
 
-def _pinned(value: Tensor | None) -> Tensor | None:
+def _pinned(value: Tensor | None) -> Any:
     return None if value is None else value.pin_memory()

@@ -130,7 +130,7 @@ def load_pretrained(
         fits = [name for name in report.loaded if _module_of(name) == part]
         if not fits and any(_module_of(name) == part for name in detector.state_dict()):
             raise ValueError(
-                f"weights {path}: no tensor fits the {part} of this detector; was it pre-trained with another backbone, "
+                f"weights {path}: no tensor fits the {part} of this detector; was it made with another backbone, "
                 f"width, channels or convolutions?{' For example ' + report.mismatched[0] if report.mismatched else ''}"
             )
     return report

@@ -2,8 +2,9 @@
 
     python benchmarks/low_data.py --data FOLDER --backbone mobilenet_v2.pth --set bccd
 
-FOLDER/<set>/annotations/instances_{train,val}.json with images beside it. Each command is run as a user would run it and
-is resumable, so that repeating an interrupted benchmark continues it. Writes benchmarks/results/low_data_<set>.json.
+FOLDER/<set>/annotations/instances_{train,val}.json with images beside it. Each command is run as a user would run it
+and is resumable, so that repeating an interrupted benchmark continues it. The learning rate of each side is chosen on
+fold 0, which is not reported. Writes benchmarks/results/low_data_<set>.json.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Time of one AlignDet pre-training step beside torchvision's FCOS training step, and peak memory of each.
 
-ResNet-50, 2 images of 320 x 320 (two views of each in pre-training), 50 boxes per image, one thread by default. Both sides take
-turns in one process for the time; each has a process of its own for the peak memory.
+ResNet-50, 2 images of 320 x 320 (two views of each in pre-training), 50 boxes per image, one thread by default. Both
+sides take turns in one process for the time; each has a process of its own for the peak memory.
 """
 
 from __future__ import annotations

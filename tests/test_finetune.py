@@ -33,9 +33,10 @@ def test_fcos_overfits_four_images(tmp_path: Path) -> None:
     )
     model = FineTune(detector).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=1e-4)
-    for step in range(STEPS := 220):
+    steps = 220
+    for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 20, 2 * (1 - step / STEPS))
+            group["lr"] = 2e-3 * min(1, (step + 1) / 20, 2 * (1 - step / steps))
         optimizer.zero_grad()
         torch.stack(list(model(batch).values())).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10)

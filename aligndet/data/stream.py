@@ -84,6 +84,8 @@ def loader(
         pin_memory=pin,
         worker_init_fn=_one_thread,
         prefetch_factor=4 if workers else None,
+        # Otherwise each new iterator draws from the global generator, and a resumed run samples differently.
+        generator=torch.Generator(),
     )
 
 

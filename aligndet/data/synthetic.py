@@ -88,8 +88,8 @@ def make_scenes(
         seed: >= 0.
         name: split name in the file names; splits with different names can share a folder.
         classes: which of CLASSES to show; the category ids are 1, 2, ... in this order.
-        objects: least and greatest number of objects per picture, uniform; where a picture is full it gets fewer. (0, 0)
-            makes pictures of clutter without annotations.
+        objects: least and greatest number of objects per picture, uniform; where a picture is full it gets fewer.
+            (0, 0) makes pictures of clutter without annotations.
 
     Returns:
         The annotation file.

@@ -146,7 +146,7 @@ def blob(rng: np.random.Generator, extent: float) -> NDArray[np.float64]:
 
 
 def _division(rng: np.random.Generator, size: Size) -> Field:
-    """A signed field [H, W]: positive on one side of a wavy border, which is a line (a wall, a horizon) or an island."""
+    """A signed field [H, W]: positive on one side of a wavy border, a line (a wall, a horizon) or an island."""
     field = noise(rng, size, rng.uniform(2, 4), 3) - 0.5
     if rng.random() < 0.4:
         return field - np.float32(rng.uniform(-0.1, 0.25))

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import functional as F
 
 
 def read_image(path: str | Path) -> np.ndarray:
-    """An image file as uint8 [H, W, 3] RGB, turned as its EXIF orientation says; grey, alpha and 16 bit become 8-bit RGB.
+    """An image file as uint8 [H, W, 3] RGB, EXIF orientation applied; grey, alpha and 16 bit become 8-bit RGB.
 
     Raises:
         FileNotFoundError: there is no such file.

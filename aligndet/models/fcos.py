@@ -144,7 +144,7 @@ class FCOS(Detector):
         return FCOSCandidates(scores, embeddings, image[row], matched, centres, points.level[point], boxes, centerness)
 
     def localization_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
-        """IoU loss weighted by centerness over the sum of weights; binary cross-entropy of centerness over positives."""
+        """IoU loss weighted by centerness over the sum of weights; cross-entropy of centerness over positives."""
         assert isinstance(candidates, FCOSCandidates) and candidates.matched is not None
         assert candidates.boxes is not None and candidates.centerness is not None
         positive = (candidates.matched >= 0).nonzero().squeeze(1)

@@ -1,4 +1,4 @@
-"""ResNet with torchvision's topology and weight names; He et al. (arXiv:1512.03385), stride on the 3 x 3 convolution."""
+"""ResNet with torchvision's topology and weight names; He et al. (arXiv:1512.03385), stride on the 3 x 3 layer."""
 
 from __future__ import annotations
 

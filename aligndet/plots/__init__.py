@@ -1,0 +1,1 @@
+"""Figures; curves and contact sheets need the extra ``aligndet[plots]``."""

@@ -1,0 +1,113 @@
+"""Claims about assignment and sampling, against a naive loop."""
+
+import pytest
+import torch
+
+from aligndet.assigners import PositivesFirst, assign_center
+from aligndet.assigners import center as center_module
+from aligndet.structures import BACKGROUND, IGNORED, Targets, no_targets
+from tests import reference
+
+
+def targets_of(boxes: list[torch.Tensor]) -> Targets:
+    image = torch.cat([torch.full((len(b),), i) for i, b in enumerate(boxes)])
+    rows = torch.arange(len(image))
+    return Targets(torch.cat(boxes), torch.zeros_like(rows), rows, image)
+
+
+def random_boxes(number: int, generator: torch.Generator) -> torch.Tensor:
+    # Whole numbers, so that ties of area and points exactly on sides occur.
+    corner = torch.randint(0, 24, (number, 2), generator=generator)
+    return torch.cat([corner, corner + torch.randint(1, 17, (number, 2), generator=generator)], dim=1).float()
+
+
+def test_center_equals_the_naive_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(center_module, "PAIRS", 97)  # several chunks per image
+    points = torch.stack(torch.meshgrid(torch.arange(2.0, 40, 4), torch.arange(2.0, 40, 4), indexing="xy"), 2)
+    points = points.reshape(-1, 2)
+    cases = positives = 0
+    for seed in range(150):
+        generator = torch.Generator().manual_seed(seed)
+        low = torch.randint(-1, 8, (len(points), 1), generator=generator).float()
+        ranges = torch.cat([low, low + torch.randint(1, 13, low.shape, generator=generator)], dim=1)
+        counts = torch.randint(0, 8, (3,), generator=generator).tolist()
+        boxes = [random_boxes(count, generator) for count in counts]
+        radius = torch.rand(len(points), generator=generator) * 8 if seed % 3 == 0 else None
+        found = assign_center(points, ranges, targets_of(boxes), 3, radius=radius)
+        start = 0
+        for image, count in enumerate(counts):
+            arguments = (points.tolist(), ranges.tolist(), boxes[image].tolist())
+            naive = reference.assign_center(*arguments, None if radius is None else radius.tolist())
+            expected = [row + start if row >= 0 else BACKGROUND for row in naive]
+            assert found[image].tolist() == expected
+            start += count
+            cases += len(points)
+            positives += sum(row >= 0 for row in naive)
+    assert cases >= 40_000
+    assert positives > 2_000
+
+
+def test_center_by_hand() -> None:
+    """Two nested boxes: the smaller wins where both hold; a point on a side belongs to neither."""
+    points = torch.tensor([[8.0, 8.0], [3.0, 3.0], [6.0, 8.0], [40.0, 8.0]])
+    ranges = torch.tensor([[-1.0, 64.0]]).repeat(4, 1)
+    targets = targets_of([torch.tensor([[0.0, 0.0, 20.0, 20.0], [6.0, 6.0, 10.0, 10.0]])])
+    assert assign_center(points, ranges, targets, 1).tolist() == [[1, 0, 0, BACKGROUND]]
+    # Both ends of a range count: the farthest side of box 0 from (3, 3) is 17 px away.
+    for bounds, expected in (((17, 30), 0), ((5, 17), 0), ((17.5, 30), BACKGROUND), ((5, 16.5), BACKGROUND)):
+        assert assign_center(points[1:2], torch.tensor([bounds], dtype=torch.float32), targets, 1).item() == expected
+
+
+def test_center_without_boxes_with_one_and_with_500() -> None:
+    points, ranges = torch.rand(31, 2) * 50, torch.tensor([[-1.0, torch.inf]]).repeat(31, 1)
+    assert (assign_center(points, ranges, no_targets(), 2) == BACKGROUND).all()
+    box = torch.tensor([[-1.0, -1.0, 51.0, 51.0]])
+    assert assign_center(points, ranges, targets_of([box[:0], box]), 2).tolist() == [[BACKGROUND] * 31, [0] * 31]
+    many = random_boxes(500, torch.Generator().manual_seed(1))
+    expected = reference.assign_center(points.tolist(), ranges.tolist(), many.tolist())
+    assert assign_center(points, ranges, targets_of([many]), 1)[0].tolist() == expected
+
+
+def test_equal_areas_go_to_the_first_box() -> None:
+    same = torch.tensor([[0.0, 0.0, 9.0, 9.0]] * 3)
+    found = assign_center(torch.tensor([[4.0, 4.0]]), torch.tensor([[-1.0, 64.0]]), targets_of([same]), 1)
+    assert found.item() == 0
+
+
+@pytest.mark.parametrize("scope", ["batch", "image"])
+@pytest.mark.parametrize("background", [0.0, 0.5])
+def test_sampler_counts(scope: str, background: float) -> None:
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        matched = torch.randint(-2, 4, (53,), generator=generator)
+        image = torch.sort(torch.randint(0, 3, (53,), generator=generator)).values
+        rows = PositivesFirst(limit=11, scope=scope, background=background)(matched, image)
+        assert rows.tolist() == sorted(set(rows.tolist()))
+        assert (matched[rows] != IGNORED).all()
+        groups = [torch.ones(53, dtype=torch.bool)] if scope == "batch" else [image == i for i in range(3)]
+        for group in groups:
+            positives = int((matched[group] >= 0).sum())
+            kept = int((group[rows] & (matched[rows] >= 0)).sum())
+            assert kept == min(positives, 11 - round(11 * background))
+            filled = int((group[rows] & (matched[rows] == BACKGROUND)).sum())
+            assert filled == min(int((matched[group] == BACKGROUND).sum()), 11 - kept)
+
+
+def test_sampler_is_uniform_and_takes_empty_input() -> None:
+    matched = torch.cat([torch.zeros(20, dtype=torch.int64), torch.full((7,), BACKGROUND)])
+    hits = torch.zeros(27)
+    for _ in range(2000):
+        hits[PositivesFirst(limit=5)(matched, torch.zeros_like(matched))] += 1
+    assert hits[20:].sum() == 0
+    chi_square = ((hits[:20] - 500) ** 2 / 500).sum().item()
+    assert chi_square < 43.8, "19 degrees of freedom, p = 0.001"
+    nothing = torch.zeros(0, dtype=torch.int64)
+    assert PositivesFirst(limit=5)(nothing, nothing).tolist() == []
+    assert PositivesFirst(limit=5, scope="image")(nothing, nothing).tolist() == []
+
+
+def test_sampler_refuses_impossible_settings() -> None:
+    with pytest.raises(ValueError, match="scope: want 'batch' or 'image', got 'level'"):
+        PositivesFirst(limit=5, scope="level")
+    with pytest.raises(ValueError, match="limit"):
+        PositivesFirst(limit=0)

@@ -1,0 +1,223 @@
+"""Claims about labels: ids mapped, faults counted and named, nothing shifted; the stream of samples; folders; folds."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from aligndet.data.batch import collate
+from aligndet.data.coco import find_images, load_coco
+from aligndet.data.folder import list_images
+from aligndet.data.labelled import EvaluationImages, LabelledImages
+from aligndet.data.splits import choose_labelled
+from aligndet.data.stream import StepSampler, loader
+
+
+def coco(folder: Path, **changes: Any) -> Path:
+    tree: dict[str, Any] = {
+        "images": [{"id": 40 + i, "file_name": f"{i}.png", "height": 60, "width": 90} for i in range(4)],
+        "categories": [{"id": 18, "name": "dog"}, {"id": 3, "name": "car"}, {"id": 90, "name": "cup"}],
+        "annotations": [
+            annotation(1, 42, 18, [10, 20, 30, 15]),
+            annotation(2, 40, 90, [1.5, 2.5, 20, 10]),
+            annotation(3, 42, 3, [60, 30, 50, 50]),  # reaches over the border
+            annotation(4, 42, 3, [0, 0, 90, 60], iscrowd=1),
+        ],
+    }
+    (folder / "annotations").mkdir(parents=True, exist_ok=True)
+    (folder / "train").mkdir(exist_ok=True)
+    for i in range(4):
+        cv2.imwrite(str(folder / "train" / f"{i}.png"), np.full((60, 90, 3), 10 * i, np.uint8))
+    path = folder / "annotations" / "instances_train.json"
+    path.write_text(json.dumps(tree | changes))
+    return path
+
+
+def annotation(number: int, image: int, category: int, box: Any, **more: Any) -> dict[str, Any]:
+    return {"id": number, "image_id": image, "category_id": category, "bbox": box, **more}
+
+
+def test_labels_boxes_and_rows_by_hand(tmp_path: Path) -> None:
+    found = load_coco(coco(tmp_path))
+    assert found.class_names == ("car", "dog", "cup")
+    assert found.category_ids.tolist() == [3, 18, 90]
+    assert found.offsets.tolist() == [0, 1, 1, 4, 4]
+    assert found.labels.tolist() == [2, 1, 0, 0]
+    assert found.boxes.tolist() == [[1.5, 2.5, 21.5, 12.5], [10, 20, 40, 35], [60, 30, 90, 60], [0, 0, 90, 60]]
+    assert found.crowd.tolist() == [False, False, False, True]
+    assert found.rows_of(2).tolist() == [1, 2]
+    assert found.report == {}
+    only = load_coco(coco(tmp_path), classes=("cup", "dog"))
+    assert (only.class_names, only.labels.tolist()) == (("cup", "dog"), [0, 1])
+
+
+def test_faulty_annotations_are_counted_and_named(tmp_path: Path) -> None:
+    bad = [
+        annotation(11, 99, 18, [1, 1, 5, 5]),
+        annotation(12, 40, 77, [1, 1, 5, 5]),
+        annotation(13, 40, 18, [1, 1, 0.5, 5]),
+        annotation(14, 40, 18, [1, 1, -5, 5]),
+        annotation(15, 40, 18, [float("nan"), 1, 5, 5]),
+        annotation(16, 40, 18, [200, 1, 5, 5]),
+        annotation(17, 40, 18, [1, 1, 5]),
+        annotation(18, 40, 18, [1, 1, 5, 5]),
+    ]
+    found = load_coco(coco(tmp_path, annotations=bad))
+    assert found.boxes.tolist() == [[1, 1, 6, 6]]
+    counts = {reason: len(lines) for reason, lines in found.report.items()}
+    assert counts == {
+        "image unknown": 1,
+        "category unknown": 1,
+        "a side is below 1 px": 2,
+        "bbox is not finite": 1,
+        "box outside the image": 1,
+        "bbox is not four numbers": 1,
+    }
+    assert "annotation 13 of 0.png" in found.report["a side is below 1 px"][0]
+    assert len(found.report_lines()) == 6
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"images": None}, "images is not there"),
+        ({"annotations": [{"id": 1, "image_id": 40, "category_id": 3}]}, r"annotations\[0\] has no 'bbox'"),
+        ({"images": [{"id": 1}]}, r"images\[0\] has no 'file_name'"),
+        ({"images": [{"id": 1, "file_name": "../../etc/passwd"}]}, "leaves the image folder"),
+        ({"images": [{"id": 1, "file_name": "/etc/passwd"}]}, "leaves the image folder"),
+        ({"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}, "image id 1 occurs twice"),
+        ({"categories": []}, "no categories"),
+    ],
+)
+def test_files_that_cannot_be_used_are_refused(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        load_coco(coco(tmp_path, **changes))
+
+
+def test_unknown_classes_and_broken_files(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no class 'dogs'; the nearest is 'dog'"):
+        load_coco(coco(tmp_path), classes=("dogs",))
+    with pytest.raises(FileNotFoundError, match="no such file"):
+        load_coco(tmp_path / "none.json")
+    (tmp_path / "bad.json").write_text('{"images": [')
+    with pytest.raises(ValueError, match=r"bad\.json: not JSON"):
+        load_coco(tmp_path / "bad.json")
+
+
+def test_image_folders_are_found_beside_the_annotations(tmp_path: Path) -> None:
+    path = coco(tmp_path)
+    names = load_coco(path).file_names
+    assert find_images(path, None, names) == tmp_path / "train"
+    assert find_images(path, tmp_path / "train", names) == tmp_path / "train"
+    with pytest.raises(FileNotFoundError, match=r"0\.png is not in .*elsewhere"):
+        find_images(path, tmp_path / "elsewhere", names)
+    (tmp_path / "train").rename(tmp_path / "hidden")
+    with pytest.raises(FileNotFoundError, match=r"0\.png is not in .*JPEGImages"):
+        find_images(path, None, names)
+
+
+def test_training_leaves_out_images_without_boxes_and_scales_the_rest(tmp_path: Path) -> None:
+    data = LabelledImages(load_coco(coco(tmp_path)), tmp_path / "train", short_sides=(120,), long_side=500)
+    assert (len(data), data.without_boxes) == (2, 2)
+    flipped = set()
+    for position in range(12):
+        sample = data[(1, position)]
+        assert sample.image_id == 42
+        assert sample.image.shape == (3, 120, 180)
+        left = sample.boxes[0, 0].item()
+        flipped.add(left)
+        assert sample.labels.tolist() == [1, 0], "the crowd is no target"
+    assert flipped == {20.0, 180.0 - 80.0}
+    with pytest.raises(ValueError, match="none of the 1 images has a usable box"):
+        LabelledImages(load_coco(coco(tmp_path)), tmp_path / "train", short_sides=(9,), long_side=9, rows=np.array([1]))
+
+
+def test_a_wrong_size_in_the_file_is_an_error_of_that_image(tmp_path: Path) -> None:
+    path = coco(tmp_path)
+    cv2.imwrite(str(tmp_path / "train/0.png"), np.zeros((90, 60, 3), np.uint8))
+    data = LabelledImages(load_coco(path), tmp_path / "train", short_sides=(30,), long_side=90)
+    sample = data[(0, 0)]
+    assert sample.image_id == 42
+    assert "says 90 x 60 px, the file has 60 x 90" in sample.skipped[0]
+
+
+def test_evaluation_keeps_every_image_in_order(tmp_path: Path) -> None:
+    path = coco(tmp_path)
+    (tmp_path / "train/1.png").unlink()
+    data = EvaluationImages(load_coco(path), tmp_path / "train", short_side=30, long_side=90)
+    samples = [data[index] for index in range(4)]
+    assert [sample.image_id for sample in samples] == [40, 41, 42, 43]
+    assert [len(sample.skipped) for sample in samples] == [0, 1, 0, 0]
+    assert samples[1].original_size == (60, 90)
+    strict = EvaluationImages(load_coco(path), tmp_path / "train", short_side=30, long_side=90, on_error="fail")
+    with pytest.raises(FileNotFoundError, match=r"1\.png: no such file"):
+        strict[1]
+
+
+def all_samples(**settings: int) -> list[list[tuple[int, int]]]:
+    return list(StepSampler(**settings))  # type: ignore[arg-type]
+
+
+def test_stream_has_no_duplicates_within_an_epoch_and_all_images() -> None:
+    order = [item for step in all_samples(length=13, batch=4, steps=13) for item in step]
+    assert [position for _, position in order] == list(range(52))
+    epochs = [[index for index, _ in order[start : start + 13]] for start in range(0, 52, 13)]
+    assert all(sorted(epoch) == list(range(13)) for epoch in epochs)
+    assert len({tuple(epoch) for epoch in epochs}) == 4, "each epoch has an order of its own"
+    assert len(all_samples(length=3, batch=7, steps=2)[0]) == 7, "a batch may be larger than the data"
+
+
+def test_ranks_and_passes_share_the_samples_of_one_process() -> None:
+    whole = all_samples(length=11, batch=12, steps=5, seed=3)
+    for world, accumulate in ((2, 1), (3, 2), (1, 4)):
+        parts = [
+            all_samples(length=11, batch=12, steps=5, seed=3, rank=rank, world=world, accumulate=accumulate)
+            for rank in range(world)
+        ]
+        for step, wanted in enumerate(whole):
+            passes = range(step * accumulate, (step + 1) * accumulate)
+            assert sorted(item for part in parts for number in passes for item in part[number]) == sorted(wanted)
+    with pytest.raises(ValueError, match=r"optim\.batch: want a multiple of 5 ranks x 1"):
+        StepSampler(11, batch=12, steps=5, world=5)
+
+
+def test_stream_resumes_anywhere() -> None:
+    whole = all_samples(length=11, batch=4, steps=9, accumulate=2)
+    for start in (0, 1, 5, 9):
+        assert all_samples(length=11, batch=4, steps=9, accumulate=2, start_step=start) == whole[2 * start :]
+
+
+def test_worker_count_changes_nothing(tmp_path: Path) -> None:
+    data = LabelledImages(load_coco(coco(tmp_path)), tmp_path / "train", short_sides=(20, 30, 40), long_side=90)
+
+    def run(workers: int) -> list[torch.Tensor]:
+        sampler = StepSampler(len(data), batch=3, steps=4, seed=5)
+        return [batch.images for batch in loader(data, sampler, collate, workers, pin=False)]
+
+    assert all(torch.equal(a, b) for a, b in zip(run(0), run(2), strict=True))
+
+
+def test_folds_are_those_of_numpy_s_legacy_generator() -> None:
+    # np.random.seed(1); np.random.permutation(10) begins 2 9 6 4 0
+    assert choose_labelled(10, 5, 1).tolist() == [0, 2, 4, 6, 9]
+    assert choose_labelled(10, 3, 1).tolist() == [2, 6, 9]
+    assert set(choose_labelled(118_287, 1182, 2)) < set(choose_labelled(118_287, 5914, 2))
+    with pytest.raises(ValueError, match=r"want 1 \.\. 10, got 11"):
+        choose_labelled(10, 11, 1)
+
+
+def test_folders_are_searched_deep_and_links_do_not_loop(tmp_path: Path) -> None:
+    (tmp_path / "a b/ü").mkdir(parents=True)
+    for name in ("z.JPG", "a b/x.png", "a b/ü/y.jpeg", "notes.txt"):
+        (tmp_path / name).write_bytes(b"x")
+    (tmp_path / "a b/loop").symlink_to(tmp_path)
+    assert list_images(tmp_path) == ["a b/x.png", "a b/ü/y.jpeg", "z.JPG"]
+    with pytest.raises(FileNotFoundError, match="nowhere: no such folder"):
+        list_images(tmp_path / "nowhere")
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ValueError, match="no file ends in"):
+        list_images(tmp_path / "empty")

@@ -22,15 +22,15 @@ from environment import environment
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("AP", "AP50", "AP75")
+RATES = (1e-3, 3e-3, 6e-3)  # tried by both sides
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One row of the table: labels, steps, and what differs from the shipped configs."""
+    """One row of the table."""
 
     labelled: int
     steps: int
-    finetune: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class Set:
 SETS = {
     "bccd": Set(
         propose=("--size", "256"),
-        settings=(Setting(20, 100), Setting(20, 300), Setting(10, 100)),
+        settings=(Setting(20, 100), Setting(20, 300)),
     ),
     "coco_by_person": Set(
         propose=("--size", "384"),
@@ -57,7 +57,7 @@ SETS = {
             "data.eval_short_side=320",
             "data.classes=[person]",
         ),
-        settings=(Setting(47, 100), Setting(94, 100), Setting(94, 300)),
+        settings=(Setting(94, 100), Setting(94, 300)),
     ),
 }
 
@@ -86,23 +86,27 @@ def main() -> None:
     paths = (f"data.images={images}", f"data.proposals={proposals}", f"model.backbone_weights={args.backbone}")
     command(*cfg, *paths, *chosen.pretrain)
     pretrain_seconds = time.perf_counter() - began
+    starts = {
+        "backbone only": f"model.backbone_weights={args.backbone}",
+        "AlignDet": f"weights={runs / 'pretrain/pretrained.pt'}",
+    }
+
+    def finetune(setting: Setting, start: str, rate: float, seed: int) -> dict[str, float]:
+        run = runs / f"{setting.labelled}-{setting.steps}-{start.split()[0]}-lr{rate}-{seed}"
+        fixed = (f"data.train={train}", f"data.val={val}", f"data.labelled={setting.labelled}", starts[start])
+        varied = (f"run={run}", f"seed={seed}", f"data.fold={seed}", f"optim.steps={setting.steps}", f"optim.lr={rate}")
+        if not (run / "metrics.json").exists():
+            cfg = ("train.py", "--cfg", "configs/finetune/fcos_mobilenet_v2_lowdata.yaml")
+            command(*cfg, *fixed, *varied, *chosen.finetune)
+        metrics = json.loads((run / "metrics.json").read_text())
+        return {name: 100 * metrics[name] for name in METRICS}
+
     rows = []
     for setting in chosen.settings:
-        results = {"backbone only": [], "AlignDet": []}
-        starts = {
-            "backbone only": f"model.backbone_weights={args.backbone}",
-            "AlignDet": f"weights={runs / 'pretrain/pretrained.pt'}",
-        }
-        for seed in args.seeds:
-            for start, weights in starts.items():
-                run = runs / f"{setting.labelled}-{setting.steps}-{start.split()[0]}-{seed}"
-                fixed = (f"data.train={train}", f"data.val={val}", f"data.labelled={setting.labelled}", weights)
-                varied = (f"run={run}", f"seed={seed}", f"data.fold={seed}", f"optim.steps={setting.steps}")
-                cfg = ("train.py", "--cfg", "configs/finetune/fcos_mobilenet_v2_lowdata.yaml")
-                command(*cfg, *fixed, *varied, *chosen.finetune, *setting.finetune)
-                metrics = json.loads((run / "metrics.json").read_text())
-                results[start].append({name: 100 * metrics[name] for name in METRICS})
-        rows.append({"setting": asdict(setting), "results": results})
+        tuning = {start: {rate: finetune(setting, start, rate, 0)["AP"] for rate in RATES} for start in starts}
+        best = {start: max(tried, key=tried.__getitem__) for start, tried in tuning.items()}
+        results = {start: [finetune(setting, start, best[start], seed) for seed in args.seeds] for start in starts}
+        rows.append({"setting": asdict(setting), "tuning": tuning, "rate": best, "results": results})
         print(table(rows), flush=True)
     record = {
         "set": args.set,
@@ -123,7 +127,7 @@ def command(*words: object) -> None:
 
 
 def table(rows: list[dict]) -> str:
-    lines = ["| labels | steps | start | AP | AP50 | AP75 |", "|---|---|---|---|---|---|"]
+    lines = ["| labels | steps | start | lr | AP | AP50 | AP75 |", "|---|---|---|---|---|---|---|"]
     for row in rows:
         for start, results in row["results"].items():
             cells = []
@@ -132,8 +136,9 @@ def table(rows: list[dict]) -> str:
                 cells.append(
                     f"{statistics.fmean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
                 )
-            setting = row["setting"]
-            lines.append(f"| {setting['labelled']} | {setting['steps']} | {start} | {' | '.join(cells)} |")
+            setting, rate = row["setting"], row["rate"][start]
+            first = f"| {setting['labelled']} | {setting['steps']} | {start} | {rate:g} | "
+            lines.append(first + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 

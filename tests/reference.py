@@ -15,19 +15,20 @@ def box_contrastive_loss(
 ) -> Tensor:
     """Mean over boxes of the mean over (query, key) pairs of -log(e^s / (e^s + sum of e^negatives))."""
 
-    def unit(row: Tensor) -> Tensor:
-        return row / row.norm()
-
+    online = [row / row.norm() for row in query]
+    momentum = [(row / row.norm()).detach() for row in key]
+    everyone = list(zip([*query_ids, *key_ids], [row.detach() for row in online] + momentum, strict=True))
     costs: dict[int, list[Tensor]] = {}
-    for i, box in enumerate(query_ids):
+    for row, box in zip(online, query_ids, strict=True):
         if box < 0:
             continue
-        negatives = [query[n].detach() for n, other in enumerate(query_ids) if other != box and other != IGNORED]
-        negatives += [key[n].detach() for n, other in enumerate(key_ids) if other != box and other != IGNORED]
-        for j, other in enumerate(key_ids):
+        rest = query.new_zeros(())
+        for other, negative in everyone:
+            if other != box and other != IGNORED:
+                rest = rest + (row @ negative / temperature).exp()
+        for other, candidate in zip(key_ids, momentum, strict=True):
             if other == box:
-                positive = (unit(query[i]) @ unit(key[j].detach()) / temperature).exp()
-                rest = sum(((unit(query[i]) @ unit(n) / temperature).exp() for n in negatives), query.new_zeros(()))
+                positive = (row @ candidate / temperature).exp()
                 costs.setdefault(box, []).append(-(positive / (positive + rest)).log())
     if not costs:
         return query.sum() * 0

@@ -91,6 +91,19 @@ def test_contrastive_with_more_than_256_boxes_and_no_gradient_into_keys() -> Non
     assert (query.grad.norm(dim=1) > 0).all(), "boxes beyond the 256th learn too"
 
 
+def test_contrastive_equals_the_double_loop_with_more_than_256_boxes() -> None:
+    generator = torch.Generator().manual_seed(5)
+    query_ids, key_ids = torch.arange(257), torch.randperm(263, generator=generator)
+    query = torch.randn(257, 5, generator=generator, dtype=torch.float64, requires_grad=True)
+    key = torch.randn(263, 5, generator=generator, dtype=torch.float64)
+    loss = box_contrastive_loss(query, query_ids, key, key_ids, temperature=0.5)
+    (ours,) = torch.autograd.grad(loss, query)
+    naive = reference.box_contrastive_loss(query, query_ids.tolist(), key, key_ids.tolist(), 0.5)
+    (theirs,) = torch.autograd.grad(naive, query)
+    assert abs(loss - naive) < 1e-12
+    assert (ours - theirs).abs().max() < 1e-12
+
+
 def test_contrastive_is_float32_under_autocast() -> None:
     query, ids = torch.randn(5, 7), torch.tensor([0, 1, 2, 3, 4])
     with torch.autocast("cpu", torch.bfloat16):

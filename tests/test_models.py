@@ -8,10 +8,11 @@ import torch
 import torchvision
 from torch import nn
 
+from aligndet.losses import iou_loss
 from aligndet.models import build_detector
 from aligndet.models.backbones import build_backbone
 from aligndet.models.dense_head import at_points, flat
-from aligndet.models.fcos import FCOS, FCOSCandidates
+from aligndet.models.fcos import FCOS, BoxPredictor, FCOSCandidates
 from aligndet.models.fpn import FPN
 from aligndet.models.priors import points_of
 from aligndet.structures import BACKGROUND
@@ -51,18 +52,30 @@ def test_backbones_compute_what_torchvision_computes(name: str, norm: str) -> No
     images = torch.randn(2, 3, 61, 97)
     with torch.no_grad():
         features = ours(images)
-        last = theirs.features(images) if name == "mobilenet_v2" else _resnet_features(theirs, images)
-    assert torch.allclose(features[-1], last, rtol=1e-4, atol=1e-4)
+        expected = _mobilenet_features(theirs, images) if name == "mobilenet_v2" else _resnet_features(theirs, images)
+    for feature, value in zip(features, expected, strict=True):
+        assert (feature - value).abs().max() < 1e-5 * max(1, value.abs().max())
     assert tuple(f.shape[1] for f in features) == ours.channels
     for feature, stride in zip(features, ours.strides, strict=True):
         assert feature.shape[-2:] == (math.ceil(61 / stride), math.ceil(97 / stride))
 
 
-def _resnet_features(model: nn.Module, images: torch.Tensor) -> torch.Tensor:
+def _resnet_features(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
     children = dict(model.named_children())
+    features = []
     for name in ("conv1", "bn1", "relu", "maxpool", "layer1", "layer2", "layer3", "layer4"):
         images = children[name](images)
-    return images
+        features.append(images)
+    return features[-4:]
+
+
+def _mobilenet_features(model: nn.Module, images: torch.Tensor) -> list[torch.Tensor]:
+    """By stride instead of by layer number: the last map of each of four strides, 96 channels at stride 16."""
+    last = {}
+    for layer in model.features:
+        images = layer(images)
+        last[images.shape[-1]] = images
+    return list(last.values())[-4:]
 
 
 @pytest.mark.parametrize("name", ["resnet18", "mobilenet_v2"])
@@ -76,6 +89,10 @@ def test_frozen_stages_stay_out_of_training(name: str) -> None:
         assert (trained(backbone) == 0) == (stages == 4)
     assert counts[0] == 0
     assert counts == sorted(set(counts)), "each stage freezes more"
+    backbone = build_backbone(name, width=0.25, norm="batch", frozen_stages=0)
+    backbone.freeze(4)
+    assert trained(backbone) == 0
+    assert not any(module.training for module in backbone.train().modules() if isinstance(module, nn.BatchNorm2d))
 
 
 def test_unknown_names_are_named_with_the_nearest() -> None:
@@ -98,6 +115,16 @@ def test_pyramid_shapes_and_top_down_path() -> None:
     assert not torch.equal(changed[0], outputs[0])
     assert all(torch.equal(a, b) for a, b in zip(changed[1:], outputs[1:], strict=True))
     assert not torch.equal(neck([*features[:2], features[2] + 1])[0], outputs[0])
+
+
+def test_an_exploding_distance_leaves_the_gradient_finite() -> None:
+    """exp overflows float32 at 89; one such point must not turn every weight into nan."""
+    predictor = BoxPredictor(32, 1)
+    nn.init.constant_(predictor.convolution.bias, 200.0)
+    (distances,) = predictor([torch.randn(1, 32, 1, 1)])
+    boxes = flat([distances]) * torch.tensor([-1.0, -1.0, 1.0, 1.0]) + 50
+    iou_loss(boxes, torch.tensor([[40.0, 40.0, 60.0, 60.0]])).sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in predictor.parameters())
 
 
 def test_points_are_cell_centres() -> None:

@@ -35,7 +35,7 @@ from aligndet.data.synthetic_textures import (
 
 Outline = NDArray[np.float64]
 
-# Class -> typical hue and patterns. Half of the objects look typical and half look like anything, so that colour and
+# Class -> typical hue and patterns. Some objects look typical and the others look like anything, so that colour and
 # texture help to tell the classes apart, but only shape settles it.
 LOOKS: dict[str, tuple[float, tuple[str, ...]]] = {
     "disc": (0.02, ("plain", "marble")),
@@ -46,13 +46,27 @@ LOOKS: dict[str, tuple[float, tuple[str, ...]]] = {
     "cross": (0.80, ("checks", "fractal")),
 }
 CLASSES = tuple(LOOKS)
-TYPICAL = 0.5  # share of objects with the look of their class
-EXTENTS = 0.08, 0.5  # longest side of an object, in shorter sides of the picture; log-uniform, so small ones prevail
 VISIBLE = 0.3  # least share of an object that others may leave visible
 INSIDE = 0.6  # least share of an object within the picture
 LEAST_PIXELS = 9  # of a visible object
 TRIALS = 12  # places to try for each object
 SMALLEST = 32  # px, shorter side of a picture
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """What makes scenes hard.
+
+    Attributes:
+        extents: least and greatest longest side of an object, in shorter sides of the picture; log-uniform, so small
+            ones prevail.
+        typical: share of objects with the look of their class.
+        lumps: least and greatest number of pieces of clutter painted like objects but of no class.
+    """
+
+    extents: tuple[float, float] = (0.08, 0.5)
+    typical: float = 0.5
+    lumps: tuple[int, int] = (1, 4)
 
 
 @dataclass(frozen=True)
@@ -72,6 +86,7 @@ def make_scenes(
     name: str = "train",
     classes: Sequence[str] = CLASSES,
     objects: tuple[int, int] = (2, 8),
+    difficulty: Difficulty = Difficulty(),
 ) -> Path:
     """Write generated scenes and their annotations in COCO format; what exists under the same names is replaced.
 
@@ -90,6 +105,7 @@ def make_scenes(
         classes: which of CLASSES to show; the category ids are 1, 2, ... in this order.
         objects: least and greatest number of objects per picture, uniform; where a picture is full it gets fewer.
             (0, 0) makes pictures of clutter without annotations.
+        difficulty: sizes and looks of objects, and clutter.
 
     Returns:
         The annotation file.
@@ -105,7 +121,7 @@ def make_scenes(
     records: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     for index in range(images):
-        picture, masks, labels = scene(seed, index, (height, width), tuple(classes), objects)
+        picture, masks, labels = scene(seed, index, (height, width), tuple(classes), objects, difficulty)
         file_name = f"{name}_{index:05d}.jpg"
         _write_jpeg(folder / "images" / file_name, picture)
         records.append({"id": index + 1, "file_name": file_name, "height": height, "width": width})
@@ -121,7 +137,12 @@ def make_scenes(
 
 
 def scene(
-    seed: int, index: int, size: Size, classes: tuple[str, ...], objects: tuple[int, int]
+    seed: int,
+    index: int,
+    size: Size,
+    classes: tuple[str, ...],
+    objects: tuple[int, int],
+    difficulty: Difficulty = Difficulty(),
 ) -> tuple[NDArray[np.uint8], NDArray[np.bool_], list[int]]:
     """Scene ``index`` of a seed.
 
@@ -131,25 +152,29 @@ def scene(
     rng = np.random.default_rng([seed, index])
     picture = background(rng, size)
     light = rng.uniform(0, 2 * math.pi)
-    for _ in range(rng.integers(1, 5)):
+    for _ in range(rng.integers(difficulty.lumps[0], difficulty.lumps[1] + 1)):
         _paint_lump(rng, picture, light)
-    placed, owner = _arrange(rng, size, classes, objects)
+    placed, owner = _arrange(rng, size, classes, objects, difficulty.extents)
     for thing in placed:
-        texture = _object_surface(rng, classes[thing.label], thing.shape.alpha.shape)
+        texture = _object_surface(rng, classes[thing.label], thing.shape.alpha.shape, difficulty.typical)
         paint_stamp(rng, picture, thing.shape, texture, light)
     masks = owner == np.arange(len(placed))[:, None, None]
     return photograph(rng, picture), masks, [thing.label for thing in placed]
 
 
 def _arrange(
-    rng: np.random.Generator, size: Size, classes: tuple[str, ...], objects: tuple[int, int]
+    rng: np.random.Generator,
+    size: Size,
+    classes: tuple[str, ...],
+    objects: tuple[int, int],
+    shares: tuple[float, float],
 ) -> tuple[list[Placed], NDArray[np.int64]]:
     """Objects in painting order, and int64 [H, W]: which of them each pixel shows, -1 for none.
 
     A place is taken only if all objects stay visible enough, so nothing needs to be removed afterwards.
     """
     count = int(rng.integers(objects[0], objects[1] + 1))
-    low, high = (math.log(share * min(size)) for share in EXTENTS)
+    low, high = (math.log(share * min(size)) for share in shares)
     extents = np.exp(rng.uniform(low, high, count))
     # Large things tend to lie behind small ones, as in photographs; the factor leaves exceptions.
     extents = extents[np.argsort(-extents * rng.uniform(0.5, 1, count))]
@@ -222,10 +247,10 @@ def _polygon(corners: int) -> Outline:
     return np.stack([np.cos(angles), np.sin(angles)], axis=1)
 
 
-def _object_surface(rng: np.random.Generator, name: str, size: Size) -> Field:
+def _object_surface(rng: np.random.Generator, name: str, size: Size, typical: float) -> Field:
     """The texture of an object of a class."""
     hue, kinds = LOOKS[name]
-    if rng.random() >= TYPICAL:
+    if rng.random() >= typical:
         hue, kinds = rng.random(), PATTERNS
     saturation, value = rng.beta(3, 2), rng.uniform(0.3, 0.95)
     first = colour(rng, hue, saturation, value)

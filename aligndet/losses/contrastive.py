@@ -84,15 +84,18 @@ def _cost_per_query(
     query: Tensor, query_ids: Tensor, others: Tensor, other_ids: Tensor, keys: int, temperature: float
 ) -> Tensor:
     """The costs of each query's pairs, summed: [n]; 0 without positives. The last ``keys`` of ``others`` are keys."""
-    similarity = query @ others.T / temperature  # [n, N + M]
+    similarity = (query / temperature) @ others.T  # [n, N + M]
     same = query_ids[:, None] == other_ids
-    # A query without any negative: its rejection is -inf, its cost log(1 + exp -inf) = 0.
-    rejection = similarity.masked_fill(same, -torch.inf).logsumexp(dim=1, keepdim=True)  # [n, 1]
     first = len(others) - keys
-    positive = same[:, first:] & (query_ids[:, None] >= 0)
-    difference = torch.where(positive, rejection - similarity[:, first:], -torch.inf)
+    row, column = (same[:, first:] & (query_ids[:, None] >= 0)).nonzero(as_tuple=True)  # [P] each: the positive pairs
+    attraction = similarity[:, first:][row, column]
+    # In place, since this matrix is what the loss needs memory for; the positives have been taken out before.
+    # A query without any negative: its rejection is -inf, its cost log(1 + exp -inf) = 0.
+    rejection = similarity.masked_fill_(same, -torch.inf).logsumexp(dim=1)  # [n]
+    difference = rejection[row] - attraction
     # Not softplus, which cuts corners above 20.
-    return torch.logaddexp(difference, torch.zeros_like(difference)).sum(dim=1)
+    costs = torch.logaddexp(difference, difference.new_zeros(()))
+    return costs.new_zeros(len(query)).index_add(0, row, costs)
 
 
 def _keys_of(query_ids: Tensor, key_ids: Tensor) -> Tensor:

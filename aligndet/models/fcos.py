@@ -23,6 +23,7 @@ from aligndet.protocol import Detector
 from aligndet.structures import BACKGROUND, IGNORED, Candidates, Detections, Targets
 
 FINEST = 8  # px, stride of P3
+LONGEST = 16.0  # distances end at its exp, nine million px: at infinity the gradient of the IoU is nan
 FIRST_RANGE = 64.0  # px, P3 regresses distances up to here; each level twice as far
 
 
@@ -53,7 +54,8 @@ class BoxPredictor(nn.Module):
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         """``L maps [B, C, H_l, W_l] -> L maps [B, 4, H_l, W_l]`` in float32: left, top, right, bottom."""
-        return [(self.scales[i] * self.convolution(level).float()).exp() for i, level in enumerate(levels)]
+        exponents = [self.scales[i] * self.convolution(level).float() for i, level in enumerate(levels)]
+        return [exponent.clamp(max=LONGEST).exp() for exponent in exponents]
 
 
 class Head(nn.Module):

@@ -22,12 +22,11 @@ class MobileNetV2(nn.Module):
 
     def __init__(self, width: float = 1.0, norm: str = "frozen", frozen_stages: int = 1) -> None:
         super().__init__()
-        self.frozen_stages = frozen_stages
         self.strides = (4, 8, 16, 32)
         # torchvision initialises only its own norm classes by type, and the frozen one starts as the identity anyway.
         self.features = mobilenet_v2(weights=None, width_mult=width, norm_layer=NORMS[norm]).features
         self.channels = tuple(_outputs(self.features[layer]) for layer in OUTPUTS)
-        freeze(self._frozen())
+        self.freeze(frozen_stages)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Features at strides 4, 8, 16, 32."""
@@ -41,11 +40,13 @@ class MobileNetV2(nn.Module):
     def train(self, mode: bool = True) -> MobileNetV2:
         """Training mode; frozen stages stay in evaluation mode."""
         super().train(mode)
-        freeze(self._frozen())
+        self.freeze(self.frozen_stages)
         return self
 
-    def _frozen(self) -> list[nn.Module]:
-        return list(self.features[: OUTPUTS[self.frozen_stages - 1] + 1]) if self.frozen_stages else []
+    def freeze(self, stages: int) -> None:
+        """Keep the first ``stages`` out of training from now on; a stage once frozen is not thawed by fewer."""
+        self.frozen_stages = stages
+        freeze(list(self.features[: OUTPUTS[stages - 1] + 1]) if stages else [])
 
 
 def _outputs(layer: nn.Module) -> int:

@@ -37,7 +37,6 @@ class ResNet(nn.Module):
     ) -> None:
         super().__init__()
         stem = rounded(64 * width)
-        self.frozen_stages = frozen_stages
         self.strides = (4, 8, 16, 32)
         self.channels = tuple(stem * 2**stage * block.expansion for stage in range(4))
         self.conv1 = nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False)
@@ -50,7 +49,7 @@ class ResNet(nn.Module):
             for stage in range(4)
         )
         _initialise(self, norm)
-        freeze(self._frozen())
+        self.freeze(frozen_stages)
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Features at strides 4, 8, 16, 32."""
@@ -64,12 +63,14 @@ class ResNet(nn.Module):
     def train(self, mode: bool = True) -> ResNet:
         """Training mode; frozen stages stay in evaluation mode."""
         super().train(mode)
-        freeze(self._frozen())
+        self.freeze(self.frozen_stages)
         return self
 
-    def _frozen(self) -> list[nn.Module]:
-        stages = [self.layer1, self.layer2, self.layer3, self.layer4][: self.frozen_stages]
-        return [self.conv1, self.bn1, *stages] if self.frozen_stages else []
+    def freeze(self, stages: int) -> None:
+        """Keep the first ``stages`` out of training from now on; a stage once frozen is not thawed by fewer."""
+        self.frozen_stages = stages
+        layers = [self.layer1, self.layer2, self.layer3, self.layer4][:stages]
+        freeze([self.conv1, self.bn1, *layers] if stages else [])
 
 
 def _stage(

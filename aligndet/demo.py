@@ -18,7 +18,7 @@ import torch
 
 from aligndet import config as settings
 from aligndet.data import propose
-from aligndet.data.synthetic import make_scenes
+from aligndet.data.synthetic import Difficulty, make_scenes
 from aligndet.demo_figures import write_figures
 from aligndet.engine import distributed
 from aligndet.engine.finish import finish
@@ -28,6 +28,7 @@ from aligndet.engine.prepare import prepare
 
 METRICS = ("AP", "AP50", "AP75")
 BACKBONE, WIDTH = "resnet18", 0.5
+CLASSES = ("disc", "triangle", "ring", "cross")
 MODEL = {"backbone": BACKBONE, "width": WIDTH, "channels": 64, "convolutions": 2, "levels": 4}
 
 
@@ -37,7 +38,8 @@ class Recipe:
 
     Attributes:
         size: px, both sides of a scene.
-        unlabelled: scenes for stages 1 and 2.
+        objects: pictures of single objects, for stage 1.
+        unlabelled: scenes of many objects, for stage 2.
         labelled: of them, how many carry labels in stage 3.
         validation: scenes that are evaluated.
         image_domain, pretrain, finetune: optimizer steps of the three stages.
@@ -45,17 +47,18 @@ class Recipe:
     """
 
     size: int = 160
-    unlabelled: int = 400
-    labelled: int = 30
-    validation: int = 60
-    image_domain: int = 200
-    pretrain: int = 250
-    finetune: int = 100
+    objects: int = 800
+    unlabelled: int = 600
+    labelled: int = 60
+    validation: int = 80
+    image_domain: int = 400
+    pretrain: int = 800
+    finetune: int = 400
     seeds: tuple[int, ...] = (1, 2, 3)
 
 
 FULL = Recipe()
-SHORT = Recipe(unlabelled=60, validation=16, image_domain=30, pretrain=40, finetune=40, seeds=(1,))
+SHORT = Recipe(objects=100, unlabelled=80, validation=16, image_domain=50, pretrain=60, finetune=60, seeds=(1,))
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -93,10 +96,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _scenes(out: Path, recipe: Recipe) -> tuple[str, str]:
-    size = recipe.size
-    train = make_scenes(out / "scenes", images=recipe.unlabelled, size=size, seed=1, name="train")
-    val = make_scenes(out / "scenes", images=recipe.validation, size=size, seed=2, name="val")
-    return str(train), str(val)
+    """Pictures of single objects, as the image domain has them, and scenes of many, as detection has them."""
+    single = Difficulty(extents=(0.45, 0.8), typical=0.9, lumps=(0, 0))
+    many = Difficulty(extents=(0.18, 0.55), typical=0.9, lumps=(0, 1))
+    numbers = {"images": recipe.objects, "size": recipe.size * 3 // 5, "seed": 3}
+    make_scenes(out / "objects", **numbers, classes=CLASSES, objects=(1, 1), difficulty=single)
+    paths = []
+    for name, images, seed in (("train", recipe.unlabelled, 1), ("val", recipe.validation, 2)):
+        numbers = {"images": images, "size": recipe.size, "seed": seed}
+        scenes = make_scenes(out / "scenes", **numbers, name=name, classes=CLASSES, objects=(2, 6), difficulty=many)
+        paths.append(str(scenes))
+    return paths[0], paths[1]
 
 
 def _train(config: dict[str, Any]) -> str:
@@ -110,7 +120,7 @@ def _image_domain(out: Path, recipe: Recipe) -> dict[str, Any]:
     return _common(out, "1-image-domain", recipe) | {
         "task": settings.IMAGE_DOMAIN,
         "model": {"backbone": BACKBONE, "width": WIDTH, "norm": "batch"},
-        "data": {"images": str(out / "scenes/images"), "short_side": recipe.size // 2, "workers": 1},
+        "data": {"images": str(out / "objects/images"), "short_side": recipe.size * 2 // 5, "workers": 1},
         "method": {"projection": 256, "bottleneck": 64},
         "optim": {"lr": 0.05, "batch": 64, "steps": recipe.image_domain, "schedule": "cosine", "warmup": 10},
     }
@@ -143,12 +153,12 @@ def _finetune(
     return common | {
         "task": settings.FINETUNE,
         "seed": seed,
-        "model": MODEL | {"frozen_stages": 1} | ({"backbone_weights": backbone} if backbone else {}),
+        "model": MODEL | {"frozen_stages": 0, "norm": "batch"} | ({"backbone_weights": backbone} if backbone else {}),
         "data": data | _sides(recipe),
         "optim": {
             "name": "adamw",
-            "lr": 1e-3,
-            "batch": 4,
+            "lr": 2e-3,
+            "batch": 8,
             "steps": recipe.finetune,
             "schedule": "cosine",
             "warmup": 10,

@@ -1,9 +1,9 @@
 """Time and memory of the box-contrastive loss beside the form that loops over boxes.
 
-2048 x 2048 candidates of width 256 in 100 boxes, forward and backward. The other form gathers for each box, once
-for every key, that key and all negatives as one array (keys, 1 + negatives, D), as the reference does; it is written
-from that description. Each side runs in a process of its own; memory is the rise of the peak resident size over the size
-before the loss, and, beside it, the bytes that autograd keeps for the backward pass.
+2048 x 2048 candidates of width 256 in 100 boxes, forward and backward. The other form gathers for each box, once for
+every key, that key and all negatives as one array (keys, 1 + negatives, D), as the reference does; it is written here
+from that description. Each side runs in a process of its own; memory is the rise of the peak resident size over the
+size before the loss, and, beside it, the bytes that autograd keeps for the backward pass.
 """
 
 from __future__ import annotations

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -68,7 +69,7 @@ def evaluate(config: Config, detector: Detector, classes: Sequence[str], world: 
     metrics = coco_metrics(data.val, detections, classes=classes, per_class=True)
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "metrics.json").write_text(json.dumps(metrics, indent=1))
+        (folder / "metrics.json").write_text(json.dumps(_without_nan(metrics), indent=1))
         save_predictions(folder / "predictions.json", data.val, detections, classes=classes)
     return metrics
 
@@ -84,6 +85,13 @@ def summary(metrics: dict[str, Any], per_class: bool = False) -> str:
             for name, row in metrics["classes"].items()
         ]
     return "\n".join(lines)
+
+
+def _without_nan(value: Any) -> Any:
+    """JSON has no nan (metrics of sizes that no object has): null instead."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _export(config: Config, training: Training) -> dict[str, Any]:

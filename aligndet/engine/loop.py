@@ -41,7 +41,7 @@ class Training:
         amp: "off", "bf16" or "fp16".
         loader: one tuple of batches per forward pass, from step ``start`` on.
         start: first step to run; more than 0 after a resume.
-        skipped: images that could not be read so far.
+        skipped: images that could not be read so far, on all ranks.
     """
 
     model: nn.Module
@@ -80,6 +80,7 @@ def fit(training: Training) -> None:
     model.train()
     parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
     stream = iter(t.loader)
+    unread: list[str] = []
     for step in range(t.start, t.steps):
         began, data_time = time.perf_counter(), 0.0
         rate = t.learning_rate(step)
@@ -91,7 +92,7 @@ def fit(training: Training) -> None:
             waiting = time.perf_counter()
             batches = next(stream)
             data_time += time.perf_counter() - waiting
-            _report_skipped(t, step, batches)
+            unread += batches[0].skipped  # both views of a pair come from one file
             batches = tuple(batch.to(world.device, non_blocking=True) for batch in batches)
             with _synchronised(model, part == t.accumulate - 1), _autocast(world, t.amp):
                 losses = model(*batches)
@@ -113,6 +114,7 @@ def fit(training: Training) -> None:
         saves = done % t.save_every == 0 or done == t.steps
         if saves or done % t.log_every == 0 or step == t.start:
             values = _finite(sums, done, world)
+            _report(t, done, unread)
             times = {"data_time": data_time, "step_time": time.perf_counter() - began}
             t.log.progress(done, t.steps, values, {"lr": rate, "gradient_norm": norm.item(), **times})
         if saves:
@@ -189,8 +191,10 @@ def _finite(sums: dict[str, Tensor], step: int, world: World) -> dict[str, float
     return values
 
 
-def _report_skipped(training: Training, step: int, batches: tuple[Batch, ...]) -> None:
-    # Both views of a pair come from one file, so one batch of the tuple tells it all.
-    for line in batches[0].skipped:
-        training.skipped += 1
-        training.log.warning(step, f"skipped image ({training.skipped} so far): {line}")
+def _report(training: Training, step: int, unread: list[str]) -> None:
+    """Count and name the images that any rank could not read since the last report."""
+    for lines in distributed.gather_objects(list(unread), training.world):
+        for line in lines:
+            training.skipped += 1
+            training.log.warning(step, f"skipped image ({training.skipped} so far): {line}")
+    unread.clear()

@@ -99,7 +99,7 @@ def _scenes(out: Path, recipe: Recipe) -> tuple[str, str]:
     """Pictures of single objects, as the image domain has them, and scenes of many, as detection has them."""
     single = Difficulty(extents=(0.45, 0.8), typical=0.9, lumps=(0, 0))
     many = Difficulty(extents=(0.18, 0.55), typical=0.9, lumps=(0, 1))
-    numbers = {"images": recipe.objects, "size": recipe.size * 3 // 5, "seed": 3}
+    numbers: dict[str, Any] = {"images": recipe.objects, "size": recipe.size * 3 // 5, "seed": 3}
     make_scenes(out / "objects", **numbers, classes=CLASSES, objects=(1, 1), difficulty=single)
     paths = []
     for name, images, seed in (("train", recipe.unlabelled, 1), ("val", recipe.validation, 2)):

@@ -1,9 +1,12 @@
-"""Time and memory of the box-contrastive loss beside the form that loops over boxes.
+"""Time and memory of the box-contrastive loss, beside the form that handles one box at a time.
 
-2048 x 2048 candidates of width 256 in 100 boxes, forward and backward. The other form gathers for each box, once for
-every key, that key and all negatives as one array (keys, 1 + negatives, D), as the reference does; it is written here
-from that description. Each side runs in a process of its own; memory is the rise of the peak resident size over the
-size before the loss, and, beside it, the bytes that autograd keeps for the backward pass.
+2048 queries and 2048 keys of width 256 in 100 boxes, forward and backward, one thread by default. The per-box form sets
+the m keys and k negatives of a box beside each of its n queries, [n, m + k, D], and keeps that for the backward pass;
+negatives are all queries and keys of other boxes (method section 8, item 17).
+
+Every form has a process of its own, which first runs it at a small size. "peak" is how far the resident memory of that
+process rose in one pass above where it stood before, "saved" what autograd kept between forward and backward, each
+storage counted once; the time is the median of further passes.
 """
 
 from __future__ import annotations
@@ -11,9 +14,12 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -24,88 +30,105 @@ from torch import Tensor
 from aligndet.losses import box_contrastive_loss
 
 CANDIDATES, WIDTH, BOXES, TEMPERATURE = 2048, 256, 100, 0.5
+MIB = 2**20
+Loss = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
-def per_box_loss(query: Tensor, query_ids: Tensor, key: Tensor, key_ids: Tensor) -> Tensor:
-    """The same value, one box after another, negatives copied for every query of the box."""
+def per_box(query: Tensor, query_ids: Tensor, key: Tensor, key_ids: Tensor) -> Tensor:
+    """The same loss, box by box, with similarities from explicit pairs of vectors."""
     query, key = F.normalize(query, dim=1), F.normalize(key, dim=1)
-    losses = []
-    for box in query_ids.unique():
-        own, keys = query[query_ids == box], key[key_ids == box]
-        negatives = torch.cat([query[query_ids != box].detach(), key[key_ids != box]])
-        copies = torch.cat([keys[:, None], negatives.expand(len(keys), -1, -1)], dim=1)  # [k, 1 + negatives, D]
-        logits = torch.einsum("nd,kcd->nkc", own, copies) / TEMPERATURE
-        truth = torch.zeros(len(own) * len(keys), dtype=torch.int64)
-        losses.append(F.cross_entropy(logits.flatten(0, 1), truth))
-    return torch.stack(losses).mean()
+    costs = []
+    for box in query_ids[query_ids >= 0].unique():
+        own, positive = query[query_ids == box], key[key_ids == box]
+        if len(positive) == 0:
+            continue
+        negative = torch.cat([query[query_ids != box].detach(), key[key_ids != box]])
+        beside = torch.cat([positive, negative]).repeat(len(own), 1, 1)  # [n, m + k, D]
+        similarity = (own[:, None] * beside).sum(dim=2) / TEMPERATURE
+        rejection = similarity[:, len(positive) :].logsumexp(dim=1, keepdim=True)
+        costs.append(F.softplus(rejection - similarity[:, : len(positive)]).mean())
+    return torch.stack(costs).mean()
 
 
-def whole_loss(query: Tensor, query_ids: Tensor, key: Tensor, key_ids: Tensor) -> Tensor:
-    return box_contrastive_loss(query, query_ids, key, key_ids, temperature=TEMPERATURE)
+# Form -> passes for the time: the slow one takes many seconds each.
+FORMS: dict[str, tuple[Loss, int]] = {
+    "per box": (per_box, 1),
+    "aligndet": (partial(box_contrastive_loss, temperature=TEMPERATURE), 9),
+    "aligndet, chunk 256": (partial(box_contrastive_loss, temperature=TEMPERATURE, chunk=256), 9),
+}
 
 
-def chunked_loss(query: Tensor, query_ids: Tensor, key: Tensor, key_ids: Tensor) -> Tensor:
-    return box_contrastive_loss(query, query_ids, key, key_ids, temperature=TEMPERATURE, chunk=256)
+def case(candidates: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    query, key = (torch.randn(candidates, WIDTH, generator=generator) for _ in range(2))
+    query_ids, key_ids = (torch.randint(0, BOXES, (candidates,), generator=generator) for _ in range(2))
+    return query.requires_grad_(), query_ids, key, key_ids
 
 
-SIDES = {"aligndet": whole_loss, "aligndet, chunk 256": chunked_loss, "per box": per_box_loss}
+def resident() -> int:
+    """Bytes of this process that are in memory now."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
 
 
-def measure(side: str, candidates: int) -> dict[str, float]:
-    """Loss, seconds of forward and backward, GiB above the start, GiB kept between the two."""
-    torch.manual_seed(0)
-    torch.set_num_threads(1)
-    query = torch.randn(candidates, WIDTH, requires_grad=True)
-    key = torch.randn(candidates, WIDTH)
-    query_ids, key_ids = torch.randint(0, BOXES, (2, candidates))
-    SIDES[side](query[:64], query_ids[:64], key[:64], key_ids[:64]).backward()  # loads what is loaded once
-    kept: dict[int, int] = {}
+def measure(form: Loss, rounds: int) -> dict[str, float]:
+    form(*case(2 * BOXES)).backward()  # loads and allocates what is needed once
+    inputs = case(CANDIDATES)
+    storages: dict[int, int] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        storages[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
         return tensor
 
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    began = time.perf_counter()
+    before = resident()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        loss = SIDES[side](query, query_ids, key, key_ids)
+        loss = form(*inputs)
+    saved = sum(storages.values())  # before chunks, computed again in the backward pass, would be counted
     loss.backward()
-    seconds = time.perf_counter() - began
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return {
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
+    gradient = inputs[0].grad
+    assert gradient is not None
+    row = {
         "loss": loss.item(),
-        "seconds": seconds,
-        "peak_gib": (peak - before) / 2**20,
-        "kept_gib": sum(kept.values()) / 2**30,
+        "gradient_norm": gradient.norm().item(),
+        "peak_mib": peak / MIB,
+        "saved_mib": saved / MIB,
     }
+    del loss
+    seconds = []
+    for _ in range(rounds):
+        began = time.perf_counter()
+        form(*inputs).backward()
+        seconds.append(time.perf_counter() - began)
+    return row | {"seconds": statistics.median(seconds)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--side", choices=SIDES, help="measure one form in this process and print JSON")
-    parser.add_argument("--candidates", type=int, default=CANDIDATES)
+    parser.add_argument("--form", choices=FORMS, help="measure this form only and print JSON")
+    parser.add_argument("--threads", type=int, default=1)
     args = parser.parse_args()
-    if args.side:
-        print(json.dumps(measure(args.side, args.candidates)))
+    torch.set_num_threads(args.threads)
+    if args.form:
+        print(json.dumps(measure(*FORMS[args.form])))
         return
     results = {}
-    for side in SIDES:
-        command = [sys.executable, __file__, "--side", side, "--candidates", str(args.candidates)]
-        output = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-        results[side] = json.loads(output)
-    for name, row in results.items():
-        print(f"{name:20} {row['seconds']:7.2f} s  {row['peak_gib']:7.3f} GiB peak  {row['kept_gib']:7.3f} GiB kept")
-    ratio = results["per box"]["peak_gib"] / results["aligndet"]["peak_gib"]
-    print(f"memory ratio {ratio:.0f}")
-    record = {
-        "candidates": args.candidates,
-        "width": WIDTH,
-        "boxes": BOXES,
-        "memory_ratio": ratio,
-        "results": results,
-        "environment": environment(),
+    print(f"{'form':20} {'seconds':>8} {'peak MiB':>9} {'saved MiB':>9} {'loss':>9}")
+    for form in FORMS:
+        command = [sys.executable, __file__, "--form", form, "--threads", str(args.threads)]
+        results[form] = row = json.loads(subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout)
+        print(f"{form:20} {row['seconds']:8.3f} {row['peak_mib']:9.1f} {row['saved_mib']:9.1f} {row['loss']:9.6f}")
+    ratios = {
+        form: {name: results["per box"][name] / row[name] for name in ("seconds", "peak_mib", "saved_mib")}
+        for form, row in results.items()
+        if form != "per box"
     }
-    (Path(__file__).parent / "results/contrastive.json").write_text(json.dumps(record, indent=1) + "\n")
+    for form, ratio in ratios.items():
+        seconds, peak, saved = ratio.values()
+        print(f"{form}: {seconds:.0f} x faster than per box, {peak:.0f} x less peak memory, {saved:.0f} x less saved")
+    setting = {"queries": CANDIDATES, "keys": CANDIDATES, "width": WIDTH, "boxes": BOXES, "threads": args.threads}
+    record = {"setting": setting, "forms": results, "per_box_over": ratios, "environment": environment()}
+    path = Path(__file__).parent / "results/contrastive.json"
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

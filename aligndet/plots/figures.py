@@ -164,7 +164,7 @@ def _grid(rows: int, columns: int) -> tuple[Figure, list[Axes]]:
     axes = [figure.add_subplot(rows, columns, number + 1) for number in range(rows * columns)]
     for axis in axes:
         axis.axis("off")
-    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=0.94, wspace=0.04, hspace=0.12)
+    figure.subplots_adjust(left=0.01, right=0.99, bottom=0.01, top=1 - 0.1 / rows, wspace=0.04, hspace=0.12)
     return figure, axes
 
 

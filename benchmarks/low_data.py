@@ -4,7 +4,7 @@
 
 FOLDER/<set>/annotations/instances_{train,val}.json with images beside it. Each command is run as a user would run it
 and is resumable, so that repeating an interrupted benchmark continues it. The learning rate of each side is chosen on
-fold 0, which is not reported. Writes benchmarks/results/low_data_<set>.json.
+fold 0 of the first setting, which is not reported. Writes benchmarks/results/low_data_<set>.json.
 """
 
 from __future__ import annotations
@@ -14,11 +14,12 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from environment import environment
+
+from aligndet.engine.log import read_log
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("AP", "AP50", "AP75")
@@ -77,7 +78,6 @@ def main() -> None:
     train = args.data / args.set / "annotations/instances_train.json"
     val = train.with_name("instances_val.json")
     images = next(path for path in (train.parents[1] / "train", train.parents[1] / "JPEGImages") if path.is_dir())
-    began = time.perf_counter()
     proposals = runs / "proposals.npz"
     command(
         "-m", "aligndet", "propose", "--annotations", train, "--images", images, "--out", proposals, *chosen.propose
@@ -85,7 +85,7 @@ def main() -> None:
     cfg = ("train.py", "--cfg", "configs/pretrain/fcos_mobilenet_v2.yaml", f"run={runs / 'pretrain'}")
     paths = (f"data.images={images}", f"data.proposals={proposals}", f"model.backbone_weights={args.backbone}")
     command(*cfg, *paths, *chosen.pretrain)
-    pretrain_seconds = time.perf_counter() - began
+    steps = [record["step_time"] for record in read_log(runs / "pretrain/log.jsonl") if "step_time" in record]
     starts = {
         "backbone only": f"model.backbone_weights={args.backbone}",
         "AlignDet": f"weights={runs / 'pretrain/pretrained.pt'}",
@@ -102,18 +102,20 @@ def main() -> None:
         return {name: 100 * metrics[name] for name in METRICS}
 
     rows = []
+    first = chosen.settings[0]
+    tuning = {start: {rate: finetune(first, start, rate, 0)["AP"] for rate in RATES} for start in starts}
+    best = {start: max(tried, key=tried.__getitem__) for start, tried in tuning.items()}
     for setting in chosen.settings:
-        tuning = {start: {rate: finetune(setting, start, rate, 0)["AP"] for rate in RATES} for start in starts}
-        best = {start: max(tried, key=tried.__getitem__) for start, tried in tuning.items()}
         results = {start: [finetune(setting, start, best[start], seed) for seed in args.seeds] for start in starts}
-        rows.append({"setting": asdict(setting), "tuning": tuning, "rate": best, "results": results})
+        rows.append({"setting": asdict(setting), "rate": best, "results": results})
         print(table(rows), flush=True)
     record = {
         "set": args.set,
         "seeds": args.seeds,
         "configuration": asdict(chosen),
+        "tuning": tuning,
         "rows": rows,
-        "seconds": {"proposals and pre-training": pretrain_seconds, "all": time.perf_counter() - began},
+        "pretraining_seconds_per_step": statistics.median(steps),
         "environment": environment(),
     }
     args.results.mkdir(parents=True, exist_ok=True)

@@ -312,10 +312,14 @@ def _check_combinations(config: Config) -> None:
 
 def _check_task_combinations(config: Config) -> None:
     data, method = config.data, config.method
-    needed = {PRETRAIN: ("images", "proposals"), IMAGE_DOMAIN: ("images",), FINETUNE: ("train",)}[config.task]
+    needed = {PRETRAIN: ("images", "proposals"), IMAGE_DOMAIN: ("images",), FINETUNE: ()}[config.task]
     for name in needed:
         if getattr(data, name) is None:
             raise ValueError(f"data.{name}: task {config.task} needs it")
+    if config.task == FINETUNE and data.train is None and data.val is None:
+        raise ValueError("data.train: task finetune needs it (evaluation alone needs only data.val)")
+    if config.task == IMAGE_DOMAIN and config.model.norm == "frozen":
+        raise ValueError("model.norm: a backbone trained from random weights needs norms that learn: batch or sync")
     if config.task == PRETRAIN:
         if method.contrast < 0 or method.localization < 0 or not method.contrast + method.localization > 0:
             raise ValueError("method.contrast, method.localization: want weights >= 0 of which one is above 0")

@@ -25,6 +25,7 @@ from aligndet.engine.finish import finish
 from aligndet.engine.log import read_log
 from aligndet.engine.loop import fit
 from aligndet.engine.prepare import prepare
+from aligndet.plots import figures
 
 METRICS = ("AP", "AP50", "AP75")
 BACKBONE, WIDTH = "resnet18", 0.5
@@ -71,6 +72,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """All three stages; a stage that is complete in ``--out`` is not repeated."""
+    figures.require()
     torch.set_num_threads(args.threads)
     cv2.setNumThreads(1)
     out = Path(args.out)

@@ -7,7 +7,7 @@ import pytest
 from aligndet.config import Config, differences, from_dict, load_config, to_dict
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-NEEDS = {
+NEEDS: dict[str, dict[str, str]] = {
     "pretrain": {"data.images": "a", "data.proposals": "b"},
     "finetune": {"data.train": "a"},
     "image_domain": {"data.images": "a"},
@@ -47,6 +47,8 @@ def test_shipped_files_load_and_survive_a_round_trip(path: Path) -> None:
         (minimal(optim={"steps": 7, "batch": 5, "accumulate": 2}), "optim.accumulate: want a divisor"),
         (minimal(method={"temperature": 0.2}), "method.temperature: not read by task finetune"),
         (minimal(data={}), "data.train: task finetune needs it"),
+        (minimal(task="image_domain", data={"images": "a"}), "model.norm: a backbone trained from random weights"),
+        (minimal(task="pretrain", data={"images": "a"}), "data.proposals: task pretrain needs it"),
         (minimal(data={"train": "t", "flip": 1.5}), "data.flip: want a probability"),
         (minimal(data={"train": "t", "short_side": []}), "data.short_side: want at least one"),
         (minimal(data={"train": "t", "short_side": 900, "long_side": 800}), "data.long_side: want at least"),

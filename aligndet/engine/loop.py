@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from aligndet.engine import checkpoint, distributed
@@ -168,7 +169,9 @@ def _replicated(model: nn.Module, world: World) -> nn.Module:
     if world.size == 1:
         return model
     devices = [world.device.index] if world.device.type == "cuda" else None
-    return DistributedDataParallel(model, devices, broadcast_buffers=False, gradient_as_bucket_view=True)
+    # Running statistics of batch norm are rank 0's on all ranks; frozen norms have nothing to share.
+    moving = any(isinstance(module, _BatchNorm) for module in model.modules())
+    return DistributedDataParallel(model, devices, broadcast_buffers=moving, gradient_as_bucket_view=True)
 
 
 def _synchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:

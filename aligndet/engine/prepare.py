@@ -98,7 +98,8 @@ def detector_arguments(model: ModelConfig, num_classes: int) -> dict[str, Any]:
 def training_annotations(config: Config) -> tuple[CocoAnnotations, Path, np.ndarray]:
     """The labels of ``data.train``, their image folder, and the rows of the images that are trained on."""
     data = config.data
-    assert data.train is not None
+    if data.train is None:
+        raise ValueError("data.train: training needs it, a COCO json")
     annotations = load_coco(data.train, classes=data.classes)
     root = find_images(data.train, data.train_images, annotations.file_names)
     number = len(annotations.file_names)

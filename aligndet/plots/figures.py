@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -151,11 +152,16 @@ def _smooth(values: np.ndarray, width: int = 5) -> np.ndarray:
     return np.convolve(values, kernel, "same") / np.convolve(np.ones(len(values)), kernel, "same")
 
 
+def require() -> None:
+    """Raise ValueError where matplotlib is missing; called before long work that ends in figures."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("figures need matplotlib: pip install 'aligndet[plots]'")
+
+
 def _figure(width: float, height: float) -> Figure:
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ValueError("figures need matplotlib: pip install 'aligndet[plots]'") from None
+    require()
+    from matplotlib.figure import Figure
+
     return Figure(figsize=(width, height), dpi=130)
 
 

@@ -61,22 +61,20 @@ class CocoAnnotations:
 def load_coco(path: str | Path, *, classes: Sequence[str] = ()) -> CocoAnnotations:
     """Read a COCO file.
 
-    Left out and reported: boxes with a side below 1 px or without a number, boxes outside their image, annotations of
-    unknown images or categories. Boxes that reach over the border are clipped. (method section 1.0)
+    Left out and reported: boxes with a side below 1 px, with an area that is not positive or without a number, boxes
+    outside their image, annotations of unknown images or categories. Boxes that reach over the border are clipped where
+    the file says how large the image is. (method section 1.0)
 
     Args:
         classes: keep only these categories, as labels 0 .. K-1 in this order; empty: all, by ascending id.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: not COCO json; a missing key; an image id or file name that occurs twice or leaves the folder; an
-            unknown class name.
+        ValueError: not COCO json; a missing or malformed key; an id or file name that occurs twice; a file name that
+            leaves the folder; an unknown class name.
     """
     tree = _read(Path(path))
-    categories = {
-        _key(c, "id", path, "categories", i): str(_key(c, "name", path, "categories", i))
-        for i, c in enumerate(tree["categories"])
-    }
+    categories = _categories(tree["categories"], path)
     wanted = _wanted(categories, classes, path)
     image_ids, names, sizes = _images(tree["images"], path)
     row_of = {image: row for row, image in enumerate(image_ids)}
@@ -84,8 +82,8 @@ def load_coco(path: str | Path, *, classes: Sequence[str] = ()) -> CocoAnnotatio
     report: dict[str, list[str]] = {}
     kept = []
     for index, annotation in enumerate(tree["annotations"]):
-        image = _key(annotation, "image_id", path, "annotations", index)
-        category = _key(annotation, "category_id", path, "annotations", index)
+        image = _whole(annotation, "image_id", path, "annotations", index)
+        category = _whole(annotation, "category_id", path, "annotations", index)
         box = _key(annotation, "bbox", path, "annotations", index)
         name = f"annotation {annotation.get('id', f'number {index}')}"
         if image not in row_of:
@@ -93,7 +91,7 @@ def load_coco(path: str | Path, *, classes: Sequence[str] = ()) -> CocoAnnotatio
         elif category not in categories:
             report.setdefault("category unknown", []).append(f"{name}, category_id {category}")
         elif category in label_of:
-            corners, reason = _corners(box, sizes[row_of[image]])
+            corners, reason = _corners(box, annotation.get("area"), sizes[row_of[image]])
             if reason:
                 report.setdefault(reason, []).append(f"{name} of {names[row_of[image]]}, bbox {box}")
             else:
@@ -140,7 +138,7 @@ def _read(path: Path) -> dict[str, list[Any]]:
         raise FileNotFoundError(f"annotations {path}: no such file")
     try:
         tree = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"annotations {path}: not JSON: {error}") from None
     for key in ("images", "annotations", "categories"):
         if not isinstance(tree, dict) or not isinstance(tree.get(key), list):
@@ -156,9 +154,26 @@ def _key(record: Any, key: str, path: str | Path, kind: str, index: int) -> Any:
     return record[key]
 
 
-def _wanted(categories: dict[int, str], classes: Sequence[str], path: str | Path) -> list[int]:
-    if not categories:
+def _whole(record: Any, key: str, path: str | Path, kind: str, index: int, *, least: int | None = None) -> int:
+    value = _key(record, key, path, kind, index)
+    if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or abs(value) >= 2**63:
+        raise ValueError(f"annotations {path}: {kind}[{index}].{key}: want a whole number, got {value!r}")
+    if least is not None and value < least:
+        raise ValueError(f"annotations {path}: {kind}[{index}].{key}: want at least {least}, got {value!r}")
+    return int(value)
+
+
+def _categories(records: list[Any], path: str | Path) -> dict[int, str]:
+    ids = [_whole(record, "id", path, "categories", index) for index, record in enumerate(records)]
+    names = [str(_key(record, "name", path, "categories", index)) for index, record in enumerate(records)]
+    if not ids:
         raise ValueError(f"annotations {path}: no categories")
+    _once(ids, "category id", path)
+    _once(names, "category name", path)
+    return dict(zip(ids, names, strict=True))
+
+
+def _wanted(categories: dict[int, str], classes: Sequence[str], path: str | Path) -> list[int]:
     if not classes:
         return sorted(categories)
     ids = {name: category for category, name in categories.items()}
@@ -174,20 +189,33 @@ def _wanted(categories: dict[int, str], classes: Sequence[str], path: str | Path
 def _images(records: list[Any], path: str | Path) -> tuple[list[int], list[str], list[tuple[int, int]]]:
     ids, names, sizes = [], [], []
     for index, record in enumerate(records):
-        name = str(_key(record, "file_name", path, "images", index))
+        name = _key(record, "file_name", path, "images", index)
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"annotations {path}: images[{index}].file_name: want a file name, got {name!r}")
         pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or not name:
+        if pure.is_absolute() or ".." in pure.parts:
             raise ValueError(f"annotations {path}: images[{index}].file_name {name!r} leaves the image folder")
-        ids.append(int(_key(record, "id", path, "images", index)))
+        ids.append(_whole(record, "id", path, "images", index))
         names.append(name)
-        sizes.append((int(record.get("height") or 0), int(record.get("width") or 0)))
-    if len(set(ids)) < len(ids):
-        double = next(i for i in ids if ids.count(i) > 1)
-        raise ValueError(f"annotations {path}: image id {double} occurs twice")
+        known = record.get("height") is not None and record.get("width") is not None
+        height, width = (
+            (_whole(record, side, path, "images", index, least=0) if known else 0) for side in ("height", "width")
+        )
+        sizes.append((height, width))
+    _once(ids, "image id", path)
+    _once(names, "file name", path)
     return ids, names, sizes
 
 
-def _corners(box: Any, size: tuple[int, int]) -> tuple[tuple[float, ...], str]:
+def _once(values: Sequence[int | str], what: str, path: str | Path) -> None:
+    seen: set[int | str] = set()
+    for value in values:
+        if value in seen:
+            raise ValueError(f"annotations {path}: {what} {value} occurs twice")
+        seen.add(value)
+
+
+def _corners(box: Any, area: Any, size: tuple[int, int]) -> tuple[tuple[float, ...], str]:
     """Clipped corners of an x, y, width, height box, or the reason for which it does not serve."""
     try:
         x, y, width, height = (float(value) for value in box)
@@ -197,11 +225,14 @@ def _corners(box: Any, size: tuple[int, int]) -> tuple[tuple[float, ...], str]:
         return (), "bbox is not finite"
     if width < 1 or height < 1:
         return (), "a side is below 1 px"
+    if isinstance(area, int | float) and area <= 0:
+        return (), "its area is not positive"
     limit_y, limit_x = size if min(size) > 0 else (np.inf, np.inf)
-    corners = (max(x, 0.0), max(y, 0.0), min(x + width, limit_x), min(y + height, limit_y))
-    if corners[2] - corners[0] <= 0 or corners[3] - corners[1] <= 0:
+    # In float32, in which they are kept: a sliver at the border must not round to nothing.
+    corners = np.array([max(x, 0), max(y, 0), min(x + width, limit_x), min(y + height, limit_y)], dtype=np.float32)
+    if not (np.isfinite(corners).all() and corners[2] > corners[0] and corners[3] > corners[1]):
         return (), "box outside the image"
-    return corners, ""
+    return tuple(corners.tolist()), ""
 
 
 def _likely_folders(annotations: Path) -> Iterator[Path]:

@@ -13,6 +13,7 @@ from aligndet.data.batch import Sample
 from aligndet.data.coco import CocoAnnotations
 from aligndet.data.retry import first_readable
 from aligndet.data.transforms import flip, read_image, resize
+from aligndet.ops.boxes import clip
 
 
 class LabelledImages(Dataset[Sample]):
@@ -63,7 +64,7 @@ class LabelledImages(Dataset[Sample]):
         (row, pixels), skipped = first_readable(self._load, index, len(self), self.on_error)
         rng = np.random.default_rng((self.seed, position))
         image, factors = resize(pixels, int(rng.choice(self.short_sides)), self.long_side)
-        boxes, labels = _targets(self.annotations, row)
+        boxes, labels = _targets(self.annotations, row, pixels)
         boxes = boxes * factors
         if rng.random() < self.flip_probability:
             image, boxes = flip(image, boxes)
@@ -103,7 +104,7 @@ class EvaluationImages(Dataset[Sample]):
             height, width = np.maximum(self.annotations.sizes[index], 1).tolist()
             pixels = torch.zeros(3, height, width, dtype=torch.uint8)
         image, factors = resize(pixels, self.short_side, self.long_side)
-        boxes, labels = _targets(self.annotations, index)
+        boxes, labels = _targets(self.annotations, index, pixels)
         original = (pixels.shape[1], pixels.shape[2])
         image_id = int(self.annotations.image_ids[index])
         return Sample(image, boxes * factors, labels, torch.arange(len(boxes)), original, image_id, skipped)
@@ -121,6 +122,9 @@ def _read(annotations: CocoAnnotations, root: Path, row: int) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
-def _targets(annotations: CocoAnnotations, row: int) -> tuple[Tensor, Tensor]:
+def _targets(annotations: CocoAnnotations, row: int, pixels: Tensor) -> tuple[Tensor, Tensor]:
+    """Boxes and labels of an image; clipped here, since a file without image sizes could not be clipped on reading."""
     rows = annotations.rows_of(row)
-    return torch.from_numpy(annotations.boxes[rows]), torch.from_numpy(annotations.labels[rows])
+    boxes = clip(torch.from_numpy(annotations.boxes[rows]), torch.tensor(pixels.shape[1:]))
+    inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
+    return boxes[inside], torch.from_numpy(annotations.labels[rows])[inside]

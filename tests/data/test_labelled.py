@@ -64,7 +64,10 @@ def test_faulty_annotations_are_counted_and_named(tmp_path: Path) -> None:
         annotation(15, 40, 18, [float("nan"), 1, 5, 5]),
         annotation(16, 40, 18, [200, 1, 5, 5]),
         annotation(17, 40, 18, [1, 1, 5]),
-        annotation(18, 40, 18, [1, 1, 5, 5]),
+        annotation(18, 40, 18, [1, 1, 5, 5], area=0),
+        annotation(19, 40, 18, [89.9999999, 1, 5, 5]),  # what is left inside rounds to nothing
+        annotation(20, 40, 18, None),
+        annotation(21, 40, 18, [1, 1, 5, 5]),
     ]
     found = load_coco(coco(tmp_path, annotations=bad))
     assert found.boxes.tolist() == [[1, 1, 6, 6]]
@@ -74,11 +77,12 @@ def test_faulty_annotations_are_counted_and_named(tmp_path: Path) -> None:
         "category unknown": 1,
         "a side is below 1 px": 2,
         "bbox is not finite": 1,
-        "box outside the image": 1,
-        "bbox is not four numbers": 1,
+        "its area is not positive": 1,
+        "box outside the image": 2,
+        "bbox is not four numbers": 2,
     }
     assert "annotation 13 of 0.png" in found.report["a side is below 1 px"][0]
-    assert len(found.report_lines()) == 6
+    assert len(found.report_lines()) == 7
 
 
 @pytest.mark.parametrize(
@@ -90,6 +94,13 @@ def test_faulty_annotations_are_counted_and_named(tmp_path: Path) -> None:
         ({"images": [{"id": 1, "file_name": "../../etc/passwd"}]}, "leaves the image folder"),
         ({"images": [{"id": 1, "file_name": "/etc/passwd"}]}, "leaves the image folder"),
         ({"images": [{"id": 1, "file_name": "a"}, {"id": 1, "file_name": "b"}]}, "image id 1 occurs twice"),
+        ({"images": [{"id": 1, "file_name": "a"}, {"id": 2, "file_name": "a"}]}, "file name a occurs twice"),
+        ({"images": ["a"]}, r"images\[0\] has no 'file_name'"),
+        ({"images": [{"id": [1], "file_name": "a"}]}, r"images\[0\]\.id: want a whole number, got \[1\]"),
+        ({"images": [{"id": 1, "file_name": 5}]}, r"images\[0\]\.file_name: want a file name, got 5"),
+        ({"images": [{"id": 1, "file_name": "a", "height": -4, "width": 3}]}, r"images\[0\]\.height: want at least 0"),
+        ({"annotations": [annotation(1, "40", 3, [0, 0, 5, 5])]}, r"\[0\]\.image_id: want a whole number, got '40'"),
+        ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}, "category name a occurs twice"),
         ({"categories": []}, "no categories"),
     ],
 )
@@ -143,6 +154,16 @@ def test_a_wrong_size_in_the_file_is_an_error_of_that_image(tmp_path: Path) -> N
     sample = data[(0, 0)]
     assert sample.image_id == 42
     assert "says 90 x 60 px, the file has 60 x 90" in sample.skipped[0]
+
+
+def test_boxes_of_a_file_without_sizes_are_clipped_to_the_image_read(tmp_path: Path) -> None:
+    images = [{"id": 40 + i, "file_name": f"{i}.png"} for i in range(4)]
+    boxes = [annotation(1, 40, 18, [60, 30, 50, 50]), annotation(2, 40, 3, [95, 10, 20, 20])]
+    found = load_coco(coco(tmp_path, images=images, annotations=boxes))
+    assert found.boxes.tolist() == [[60, 30, 110, 80], [95, 10, 115, 30]]
+    sample = EvaluationImages(found, tmp_path / "train", short_side=60, long_side=90)[0]
+    assert sample.boxes.tolist() == [[60, 30, 90, 60]]
+    assert sample.labels.tolist() == [1]
 
 
 def test_evaluation_keeps_every_image_in_order(tmp_path: Path) -> None:

@@ -40,11 +40,15 @@ class ModelConfig:
     backbone: str = knob("resnet50")
     backbone_weights: str | None = knob(None)  # file in torchvision's layout, or one of our image-domain runs
     width: float = knob(1.0, above=0)  # channel multiplier of the backbone; 1 is the published network
-    norm: str = knob("frozen", choices=("frozen", "batch", "sync"))  # batch norm of the backbone
+    norm: str = knob("frozen", choices=("frozen", "affine", "batch", "sync"))  # batch norm of the backbone
     frozen_stages: int = knob(1, least=0, tasks=(FINETUNE,))  # 1 = stem and first stage; pre-training freezes all
-    channels: int = knob(256, above=0, tasks=BOXES)  # of neck and head
-    convolutions: int = knob(4, least=0, tasks=BOXES)  # of each head tower
-    levels: int = knob(5, above=0, tasks=BOXES)  # pyramid levels from stride 8 on: 5 is P3 .. P7
+    # Options of the detector, where it has them; null is the default of its class.
+    channels: int | None = knob(None, above=0, tasks=BOXES)  # of neck and head (256)
+    convolutions: int | None = knob(None, least=0, tasks=BOXES)  # of each tower of dense heads (4)
+    levels: int | None = knob(None, above=0, tasks=BOXES)  # dense: pyramid levels from stride 8 on (5: P3 .. P7)
+    centre_radius: float | None = knob(None, above=0, tasks=BOXES)  # fcos: centre sampling, in strides (off)
+    box_head: str | None = knob(None, choices=("4conv1fc", "2fc"), tasks=BOXES)  # two-stage detectors (4conv1fc)
+    neck_norm: str | None = knob(None, choices=("batch", "sync"), tasks=BOXES)  # after convolutions of the neck (none)
     score_threshold: float = knob(0.05, least=0, tasks=(FINETUNE,))  # detections below are dropped
 
 

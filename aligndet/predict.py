@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -60,7 +59,7 @@ def predict(
                 candidates = detector.candidates(detector.features(batch.images, batch.sizes), batch.sizes)
                 found = detector.detect(candidates, batch.sizes)[0]
                 found = found.resized((resized.shape[1], resized.shape[2]), (height, width)).to("cpu")
-                results.append(_above(found, score_threshold))
+                results.append(found.chosen(found.scores >= score_threshold))
     finally:
         for module, training in modes:
             module.training = training
@@ -73,9 +72,3 @@ def _pixels(image: Tensor | str | Path) -> Tensor:
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
         raise ValueError(f"images: want uint8 [3, H, W] RGB, got {image.dtype} {list(image.shape)}")
     return image.cpu()
-
-
-def _above(found: Detections, threshold: float) -> Detections:
-    keep = found.scores >= threshold
-    masks = None if found.masks is None else found.masks[keep]
-    return replace(found, boxes=found.boxes[keep], scores=found.scores[keep], labels=found.labels[keep], masks=masks)

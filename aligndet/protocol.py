@@ -27,8 +27,9 @@ class Detector(nn.Module, ABC):
             ``Candidates.scores`` and ``Candidates.embeddings`` exactly when it has a layer of that name.
         pixel_mean, pixel_std: RGB normalisation in units of 0 .. 255.
         size_divisor: images are padded to a multiple of it, px.
-        sample: which of the matched candidates to keep; None keeps all. Asked once per call of ``candidates`` with
-            targets, before any embedding is computed, so that only kept candidates pay for one.
+        sample: which of the matched candidates to keep; None keeps what the detector keeps by itself. Asked once per
+            call of ``candidates`` with targets, before any embedding is computed: only kept candidates pay for one.
+        needs_masks: whether it learns from ``Targets.masks``.
         localizes: False says that nobody will read the box outputs; a detector whose assignment does not depend on them
             may then leave them out.
     """
@@ -41,6 +42,7 @@ class Detector(nn.Module, ABC):
     score_threshold: float = 0.05
     sample: Sampler | None = None
     localizes: bool = True
+    needs_masks: bool = False
 
     @abstractmethod
     def score_layer(self, width: int, hidden: bool = False) -> nn.Module:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aligndet.ops.masks import paste
+
 BACKGROUND, IGNORED = -1, -2
 
 
@@ -83,12 +85,15 @@ class Detections:
         scores: float32 [n] in 0 .. 1, descending.
         labels: int64 [n], 0 .. K-1.
         masks: bool [n, H, W] or None for detectors without masks.
+        patches: float [n, S, S], probabilities spread over each box: masks as a detector gives them, before
+            ``resized`` pastes them into the image.
     """
 
     boxes: Tensor
     scores: Tensor
     labels: Tensor
     masks: Tensor | None = None
+    patches: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
@@ -101,13 +106,20 @@ class Detections:
         """Boxes carried from an image resized to ``size`` back to its ``original`` size, clipped to it.
 
         Both sizes are (height, width) px. Width and height have factors of their own, since each was rounded.
-        Masks are not resized: a detector with masks pastes them at the original size itself.
+        ``patches`` become ``masks`` of the original size; masks that are there already are not resized.
         """
         height, width = original
         factors = self.boxes.new_tensor([width / size[1], height / size[0]]).repeat(2)
         limits = self.boxes.new_tensor([width, height]).repeat(2)
         boxes = torch.minimum((self.boxes * factors).clamp(min=0), limits)
-        return replace(self, boxes=boxes)
+        if self.patches is None:
+            return replace(self, boxes=boxes)
+        return replace(self, boxes=boxes, masks=paste(self.patches, boxes, original), patches=None)
+
+    def chosen(self, rows: Tensor) -> Detections:
+        """Only the given rows: int64 [k] or bool [n]."""
+        masks, patches = (None if part is None else part[rows] for part in (self.masks, self.patches))
+        return Detections(self.boxes[rows], self.scores[rows], self.labels[rows], masks, patches)
 
 
 @dataclass(frozen=True)
@@ -153,6 +165,17 @@ class Batch:
             original_sizes=self.original_sizes.pin_memory(),
             targets=replace(self.targets, **pinned),
         )
+
+
+def class_of(targets: Targets, matched: Tensor) -> Tensor:
+    """The class of the box in each row: int64 [N], BACKGROUND and IGNORED stay what they are.
+
+    Args:
+        matched: int64 [N], row of ``targets``, BACKGROUND or IGNORED.
+    """
+    # Rows -1 and -2 of this table are BACKGROUND and IGNORED: indexing needs no masks and works without boxes.
+    table = torch.cat([targets.labels, targets.labels.new_tensor([IGNORED, BACKGROUND])])  # [M + 2]
+    return table[matched]
 
 
 def no_targets(device: torch.device | str = "cpu") -> Targets:

@@ -66,3 +66,46 @@ def focal_loss(scores: list[list[float]], labels: list[int], alpha: float, gamma
             p_true, weight = (p, alpha) if k == label else (1 - p, 1 - alpha)
             total += 0 if label == IGNORED else -weight * (1 - p_true) ** gamma * math.log(p_true)
     return total
+
+
+def iou(a: list[float], b: list[float]) -> float:
+    """Intersection over union of two boxes; 0 where the union is empty."""
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    overlap = max(0.0, width) * max(0.0, height)
+    union = (a[2] - a[0]) * (a[3] - a[1]) + (b[2] - b[0]) * (b[3] - b[1]) - overlap
+    return overlap / union if union > 0 else 0.0
+
+
+def assign_iou(
+    candidates: list[list[float]],
+    boxes: list[list[float]],
+    thresholds: tuple[float, float, float],
+    low_quality: bool,
+    ties: bool,
+    allowed: list[bool],
+) -> list[int]:
+    """For each candidate of one image the row of its box, BACKGROUND or IGNORED; (positive, negative, least)."""
+    positive, negative, least = thresholds
+    overlaps = [[iou(candidate, box) for box in boxes] for candidate in candidates]
+    rows = []
+    for overlap, here in zip(overlaps, allowed, strict=True):
+        best = max(overlap, default=0.0)
+        row = overlap.index(best) if overlap and best >= positive else BACKGROUND if best < negative else IGNORED
+        rows.append((row if overlap else BACKGROUND) if here else IGNORED)
+    for box in range(len(boxes) if low_quality else 0):
+        column = [overlap[box] if here else -1.0 for overlap, here in zip(overlaps, allowed, strict=True)]
+        best = max(column, default=-1.0)
+        if best <= 0 or best < least:
+            continue
+        for number, value in enumerate(column):
+            if value == best and (ties or number == column.index(best)):
+                rows[number] = box
+    return rows
+
+
+def encode(prior: list[float], box: list[float], stds: tuple[float, ...]) -> list[float]:
+    """Centre offsets in sides of the prior and logarithms of ratios of sides, divided by ``stds``."""
+    width, height = prior[2] - prior[0], prior[3] - prior[1]
+    x, y = (box[0] + box[2] - prior[0] - prior[2]) / 2, (box[1] + box[3] - prior[1] - prior[3]) / 2
+    offsets = (x / width, y / height, math.log((box[2] - box[0]) / width), math.log((box[3] - box[1]) / height))
+    return [offset / std for offset, std in zip(offsets, stds, strict=True)]

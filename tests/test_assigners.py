@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from aligndet.assigners import PositivesFirst, assign_center
+from aligndet.assigners import IoUAssigner, PositivesFirst, assign_center
 from aligndet.assigners import center as center_module
+from aligndet.assigners import iou as iou_module
 from aligndet.structures import BACKGROUND, IGNORED, Targets, no_targets
 from tests import reference
 
@@ -111,3 +112,61 @@ def test_sampler_refuses_impossible_settings() -> None:
         PositivesFirst(limit=5, scope="level")
     with pytest.raises(ValueError, match="limit"):
         PositivesFirst(limit=0)
+
+
+@pytest.mark.parametrize("chunk", [61, 2**23])
+def test_iou_equals_the_naive_loop(monkeypatch: pytest.MonkeyPatch, chunk: int) -> None:
+    monkeypatch.setattr(iou_module, "PAIRS", chunk)
+    found_low_quality = found_ignored = 0
+    for seed in range(600):
+        generator = torch.Generator().manual_seed(seed)
+        counts = torch.randint(0, 6, (2,), generator=generator).tolist()
+        numbers = torch.randint(0, 30, (2,), generator=generator).tolist()
+        boxes = [random_boxes(count, generator) for count in counts]
+        candidates = [random_boxes(number, generator) for number in numbers]
+        if counts[0] and numbers[0] > 3:
+            candidates[0][2:4] = boxes[0][0]  # ties at an overlap of 1
+        thresholds = [(0.5, 0.4, 0.0), (0.7, 0.3, 0.3), (0.5, 0.5, 0.5)][seed % 3]
+        low_quality, ties = bool(seed % 2), bool(seed % 5)
+        allowed = torch.rand(sum(numbers), generator=generator) < 0.8
+        assigner = IoUAssigner(*thresholds, low_quality, ties)
+        found = assigner(candidates, targets_of(boxes), allowed=allowed).split(numbers)
+        plain = IoUAssigner(*thresholds, False)(candidates, targets_of(boxes), allowed=allowed).split(numbers)
+        masks = allowed.split(numbers)
+        for image in range(2):
+            naive = reference.assign_iou(
+                candidates[image].tolist(), boxes[image].tolist(), thresholds, low_quality, ties, masks[image].tolist()
+            )
+            start = counts[0] if image else 0
+            assert found[image].tolist() == [row + start if row >= 0 else row for row in naive]
+            found_low_quality += int((found[image] != plain[image]).sum())
+            found_ignored += naive.count(IGNORED)
+    assert found_low_quality > 100
+    assert found_ignored > 100
+
+
+def test_iou_with_many_boxes_and_none() -> None:
+    generator = torch.Generator().manual_seed(5)
+    boxes, candidates = random_boxes(500, generator) * 4, random_boxes(300, generator) * 4
+    found = IoUAssigner(0.5, 0.4)([candidates], targets_of([boxes]))
+    naive = reference.assign_iou(candidates.tolist(), boxes.tolist(), (0.5, 0.4, 0.0), True, True, [True] * 300)
+    assert found.tolist() == naive
+    assert IoUAssigner(0.5, 0.4)([candidates], no_targets()).tolist() == [BACKGROUND] * 300
+    assert IoUAssigner(0.5, 0.4)([candidates[:0]], targets_of([boxes])).tolist() == []
+
+
+def test_background_inside_a_crowd_is_ignored() -> None:
+    candidates = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [26, 0, 36, 10], [60, 0, 70, 10]])
+    crowd = targets_of([torch.tensor([[15.0, 0, 31, 20]])])
+    box = targets_of([torch.tensor([[0.0, 0, 10, 10]])])
+    found = IoUAssigner(0.5, 0.5)([candidates], box, regions=crowd)
+    assert found.tolist() == [0, IGNORED, IGNORED, BACKGROUND], "the third lies in it by exactly one half"
+    assert IoUAssigner(0.5, 0.5)([candidates], box, regions=crowd, overlap=0.6)[2] == BACKGROUND
+
+
+def test_negatives_per_positive_are_bounded() -> None:
+    matched = torch.tensor([3, 4] + [BACKGROUND] * 50)
+    image = torch.zeros(52, dtype=torch.int64)
+    assert len(PositivesFirst(40, "image", negatives=0.0)(matched, image)) == 2
+    assert len(PositivesFirst(40, "image", negatives=3.0)(matched, image)) == 8
+    assert len(PositivesFirst(40, "image")(matched, image)) == 40

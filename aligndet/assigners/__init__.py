@@ -1,6 +1,7 @@
 """Which candidate belongs to which box."""
 
 from aligndet.assigners.center import assign_center
+from aligndet.assigners.iou import IoUAssigner
 from aligndet.assigners.sampling import PositivesFirst
 
-__all__ = ["PositivesFirst", "assign_center"]
+__all__ = ["IoUAssigner", "PositivesFirst", "assign_center"]

@@ -18,6 +18,7 @@ class PositivesFirst:
         limit: most candidates kept, per batch or per image.
         scope: "batch" or "image".
         background: share of ``limit`` that positives never take.
+        negatives: most background rows per kept positive; None: no such bound.
 
     Source:
         Method section 2.5: the reference keeps 2048 per batch and view, background only where positives run out.
@@ -26,12 +27,13 @@ class PositivesFirst:
     limit: int
     scope: str = "batch"
     background: float = 0.0
+    negatives: float | None = None
 
     def __post_init__(self) -> None:
         if self.scope not in ("batch", "image"):
             raise ValueError(f"scope: want 'batch' or 'image', got {self.scope!r}")
-        if self.limit < 1 or not 0 <= self.background <= 1:
-            raise ValueError(f"want limit >= 1 and background in 0 .. 1, got {self.limit} and {self.background}")
+        if self.limit < 1 or not 0 <= self.background <= 1 or (self.negatives or 0) < 0:
+            raise ValueError(f"want limit >= 1, background in 0 .. 1 and negatives >= 0, got {self}")
 
     def __call__(self, matched: Tensor, image: Tensor) -> Tensor:
         """The kept rows.
@@ -46,7 +48,10 @@ class PositivesFirst:
         group = image if self.scope == "image" else torch.zeros_like(image)
         positive = _first(matched >= 0, group, self.limit - round(self.limit * self.background))
         taken = torch.bincount(group, positive.double(), minlength=1)[group] if len(group) else group
-        fill = _first(matched == BACKGROUND, group, self.limit - taken)
+        room = self.limit - taken
+        if self.negatives is not None:
+            room = torch.minimum(room, (taken * self.negatives).to(room.dtype))
+        fill = _first(matched == BACKGROUND, group, room)
         return (positive | fill).nonzero().squeeze(1)
 
 

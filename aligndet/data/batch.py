@@ -23,6 +23,7 @@ class Sample:
         original_size: (height, width) px of the file.
         image_id: id of the annotation file, or row of the proposal file.
         skipped: a line for each image that could not be read before this one.
+        masks: bool [m, H, W], or None.
     """
 
     image: Tensor
@@ -32,6 +33,7 @@ class Sample:
     original_size: tuple[int, int]
     image_id: int
     skipped: tuple[str, ...] = ()
+    masks: Tensor | None = None
 
 
 def collate(samples: Sequence[Sample], *, multiple: int = 32, size: tuple[int, int] | None = None) -> Batch:
@@ -56,6 +58,7 @@ def collate(samples: Sequence[Sample], *, multiple: int = 32, size: tuple[int, i
         labels=torch.cat([sample.labels for sample in samples]),
         ids=(image << 32) + torch.cat([sample.ids for sample in samples]),
         image=image,
+        masks=_masks(samples, (height, width)),
     )
     return Batch(
         images=images,
@@ -73,3 +76,17 @@ def collate_views(pairs: Sequence[tuple[Sample, Sample]], *, multiple: int = 32)
     largest = torch.tensor([sample.image.shape[1:] for sample in first + second]).amax(dim=0).tolist()
     size = (largest[0], largest[1])
     return collate(first, multiple=multiple, size=size), collate(second, multiple=multiple, size=size)
+
+
+def _masks(samples: Sequence[Sample], size: tuple[int, int]) -> Tensor | None:
+    """The masks of all samples on the padded image: bool [M, H, W]; None where a sample has none."""
+    if any(sample.masks is None for sample in samples):
+        return None
+    joined = torch.zeros(sum(len(sample.boxes) for sample in samples), *size, dtype=torch.bool)
+    start = 0
+    for sample in samples:
+        assert sample.masks is not None
+        count, height, width = sample.masks.shape
+        joined[start : start + count, :height, :width] = sample.masks
+        start += count
+    return joined

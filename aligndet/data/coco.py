@@ -10,6 +10,9 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 import numpy as np
+from pycocotools import mask as rle
+
+from aligndet.data.segmentation import run_lengths
 
 
 @dataclass(frozen=True)
@@ -27,6 +30,8 @@ class CocoAnnotations:
         crowd: bool [M]; regions of many objects, no targets.
         category_ids: int64 [K], the file's ids of the labels.
         class_names: K names of the labels.
+        masks: uint8 [...], the compressed run lengths of all boxes one after another; None where not asked for.
+        mask_offsets: int64 [M + 1], where those of each box start.
         report: reason -> lines that name the annotations left out.
     """
 
@@ -40,6 +45,8 @@ class CocoAnnotations:
     crowd: np.ndarray
     category_ids: np.ndarray
     class_names: tuple[str, ...]
+    masks: np.ndarray | None = None
+    mask_offsets: np.ndarray | None = None
     report: dict[str, list[str]] = field(default_factory=dict)
 
     def __len__(self) -> int:
@@ -50,6 +57,20 @@ class CocoAnnotations:
         rows = np.arange(self.offsets[image], self.offsets[image + 1])
         return rows[~self.crowd[rows]]
 
+    def masks_of(self, rows: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+        """The masks of boxes of one image of ``size`` (height, width) px: bool [m, H, W].
+
+        Raises:
+            ValueError: the file was read without masks.
+        """
+        if self.masks is None or self.mask_offsets is None:
+            raise ValueError(f"annotations {self.path}: read without masks")
+        decoded = np.zeros((len(rows), *size), dtype=bool)
+        for place, row in zip(decoded, rows.tolist(), strict=True):
+            counts = self.masks[self.mask_offsets[row] : self.mask_offsets[row + 1]].tobytes()
+            place[:] = rle.decode({"size": list(size), "counts": counts})
+        return decoded
+
     def report_lines(self) -> list[str]:
         """One line for each reason for which annotations were left out."""
         return [
@@ -58,7 +79,7 @@ class CocoAnnotations:
         ]
 
 
-def load_coco(path: str | Path, *, classes: Sequence[str] = ()) -> CocoAnnotations:
+def load_coco(path: str | Path, *, classes: Sequence[str] = (), masks: bool = False) -> CocoAnnotations:
     """Read a COCO file.
 
     Left out and reported: boxes with a side below 1 px, with an area that is not positive or without a number, boxes
@@ -66,6 +87,8 @@ def load_coco(path: str | Path, *, classes: Sequence[str] = ()) -> CocoAnnotatio
     the file says how large the image is. (method section 1.0)
 
     Args:
+        masks: keep the masks too (polygons and both forms of run lengths); annotations without one are left out and
+            reported, and the file has to say how large its images are.
         classes: keep only these categories, as labels 0 .. K-1 in this order; empty: all, by ascending id.
 
     Raises:
@@ -92,10 +115,13 @@ def load_coco(path: str | Path, *, classes: Sequence[str] = ()) -> CocoAnnotatio
             report.setdefault("category unknown", []).append(f"{name}, category_id {category}")
         elif category in label_of:
             corners, reason = _corners(box, annotation.get("area"), sizes[row_of[image]])
+            mask = b""
+            if masks and not reason:
+                mask, reason = run_lengths(annotation.get("segmentation"), sizes[row_of[image]])
             if reason:
                 report.setdefault(reason, []).append(f"{name} of {names[row_of[image]]}, bbox {box}")
             else:
-                kept.append((row_of[image], label_of[category], bool(annotation.get("iscrowd", 0)), corners))
+                kept.append((row_of[image], label_of[category], bool(annotation.get("iscrowd", 0)), corners, mask))
     kept.sort(key=lambda item: item[0])
     counts = np.bincount([row for row, *_ in kept], minlength=len(names)) if kept else np.zeros(len(names), np.int64)
     return CocoAnnotations(
@@ -104,11 +130,13 @@ def load_coco(path: str | Path, *, classes: Sequence[str] = ()) -> CocoAnnotatio
         file_names=tuple(names),
         sizes=np.array(sizes, dtype=np.int64).reshape(-1, 2),
         offsets=np.concatenate([[0], np.cumsum(counts)]).astype(np.int64),
-        boxes=np.array([corners for *_, corners in kept], dtype=np.float32).reshape(-1, 4),
+        boxes=np.array([corners for *_, corners, _ in kept], dtype=np.float32).reshape(-1, 4),
         labels=np.array([label for _, label, *_ in kept], dtype=np.int64),
-        crowd=np.array([crowd for _, _, crowd, _ in kept], dtype=bool),
+        crowd=np.array([crowd for _, _, crowd, *_ in kept], dtype=bool),
         category_ids=np.array(wanted, dtype=np.int64),
         class_names=tuple(categories[category] for category in wanted),
+        masks=np.frombuffer(b"".join(mask for *_, mask in kept), dtype=np.uint8) if masks else None,
+        mask_offsets=np.cumsum([0] + [len(mask) for *_, mask in kept]) if masks else None,
         report=report,
     )
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -64,13 +65,15 @@ class LabelledImages(Dataset[Sample]):
         (row, pixels), skipped = first_readable(self._load, index, len(self), self.on_error)
         rng = np.random.default_rng((self.seed, position))
         image, factors = resize(pixels, int(rng.choice(self.short_sides)), self.long_side)
-        boxes, labels = _targets(self.annotations, row, pixels)
+        boxes, labels, rows = _targets(self.annotations, row, pixels)
         boxes = boxes * factors
+        masks = None if self.annotations.masks is None else _masks(self.annotations, rows, pixels, image)
         if rng.random() < self.flip_probability:
             image, boxes = flip(image, boxes)
+            masks = None if masks is None else masks.flip(2)
         original = (pixels.shape[1], pixels.shape[2])
         image_id = int(self.annotations.image_ids[row])
-        return Sample(image, boxes, labels, torch.arange(len(boxes)), original, image_id, skipped)
+        return Sample(image, boxes, labels, torch.arange(len(boxes)), original, image_id, skipped, masks)
 
     def _load(self, index: int) -> tuple[int, Tensor]:
         row = int(self.rows[index])
@@ -104,7 +107,7 @@ class EvaluationImages(Dataset[Sample]):
             height, width = np.maximum(self.annotations.sizes[index], 1).tolist()
             pixels = torch.zeros(3, height, width, dtype=torch.uint8)
         image, factors = resize(pixels, self.short_side, self.long_side)
-        boxes, labels = _targets(self.annotations, index, pixels)
+        boxes, labels, _ = _targets(self.annotations, index, pixels)
         original = (pixels.shape[1], pixels.shape[2])
         image_id = int(self.annotations.image_ids[index])
         return Sample(image, boxes * factors, labels, torch.arange(len(boxes)), original, image_id, skipped)
@@ -122,9 +125,18 @@ def _read(annotations: CocoAnnotations, root: Path, row: int) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
-def _targets(annotations: CocoAnnotations, row: int, pixels: Tensor) -> tuple[Tensor, Tensor]:
-    """Boxes and labels of an image; clipped here, since a file without image sizes could not be clipped on reading."""
+def _targets(annotations: CocoAnnotations, row: int, pixels: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
+    """Boxes, labels and rows of an image; clipped here: a file without image sizes could not be on reading."""
     rows = annotations.rows_of(row)
     boxes = clip(torch.from_numpy(annotations.boxes[rows]), torch.tensor(pixels.shape[1:]))
     inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
-    return boxes[inside], torch.from_numpy(annotations.labels[rows])[inside]
+    return boxes[inside], torch.from_numpy(annotations.labels[rows])[inside], rows[inside.numpy()]
+
+
+def _masks(annotations: CocoAnnotations, rows: np.ndarray, pixels: Tensor, image: Tensor) -> Tensor:
+    """The masks of boxes at the size of the resized ``image``: bool [m, H, W]; the nearest pixel decides."""
+    masks = torch.from_numpy(annotations.masks_of(rows, (pixels.shape[1], pixels.shape[2])))
+    if masks.shape[1:] == image.shape[1:] or not len(masks):
+        return masks.new_zeros(0, *image.shape[1:]) if not len(masks) else masks
+    resized = F.interpolate(masks[:, None].to(torch.uint8), size=image.shape[1:], mode="nearest-exact")
+    return resized[:, 0].bool()

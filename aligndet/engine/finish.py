@@ -54,7 +54,8 @@ def evaluate(config: Config, detector: Detector, classes: Sequence[str], world: 
     """COCO metrics of a detector on ``data.val``; writes ``metrics.json`` and ``predictions.json`` into ``folder``.
 
     Returns:
-        The metrics of ``coco_metrics`` with per-class results, on every rank.
+        The metrics of ``coco_metrics`` for boxes with per-class results, and for detectors with masks those of masks
+        under "masks"; on every rank.
     """
     data = config.data
     if data.val is None:
@@ -67,6 +68,8 @@ def evaluate(config: Config, detector: Detector, classes: Sequence[str], world: 
     loader = DataLoader(share, batch_size=1, collate_fn=collate, num_workers=data.workers)
     detections = evaluate_detector(detector.to(world.device), loader, world, amp=config.optim.amp)
     metrics = coco_metrics(data.val, detections, classes=classes, per_class=True)
+    if detector.needs_masks:
+        metrics["masks"] = coco_metrics(data.val, detections, "segm", classes=classes, per_class=True)
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps(_without_nan(metrics), indent=1))
@@ -78,6 +81,8 @@ def summary(metrics: dict[str, Any], per_class: bool = False) -> str:
     """Metrics as a small table, in per cent."""
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     lines = ["  ".join(f"{name} {100 * metrics[name]:.1f}" for name in names)]
+    if "masks" in metrics:
+        lines.append("masks: " + "  ".join(f"{name} {100 * metrics['masks'][name]:.1f}" for name in names))
     if per_class:
         width = max(len(name) for name in metrics["classes"])
         lines += [

@@ -34,7 +34,7 @@ from aligndet.engine.optim import build_optimizer, parameter_table
 from aligndet.engine.schedules import learning_rate_factor, momentum_at
 from aligndet.finetune import FineTune
 from aligndet.image_domain.simsiam import SimSiam
-from aligndet.models import build_detector
+from aligndet.models import DETECTORS, build_detector
 from aligndet.models.backbones import build_backbone
 from aligndet.pretrain import AlignDet
 from aligndet.structures import Batch
@@ -81,13 +81,12 @@ def prepare(config: Config, world: World) -> Training:
 
 def detector_arguments(model: ModelConfig, num_classes: int) -> dict[str, Any]:
     """The arguments of ``build_detector`` that a config stands for."""
-    return {
+    options = ("channels", "convolutions", "levels", "centre_radius", "box_head", "neck_norm")
+    chosen = {name: getattr(model, name) for name in options if getattr(model, name) is not None}
+    return chosen | {
         "name": model.detector,
         "backbone": model.backbone,
         "num_classes": num_classes,
-        "channels": model.channels,
-        "convolutions": model.convolutions,
-        "levels": model.levels,
         "width": model.width,
         "norm": model.norm,
         "frozen_stages": model.frozen_stages,
@@ -100,7 +99,7 @@ def training_annotations(config: Config) -> tuple[CocoAnnotations, Path, np.ndar
     data = config.data
     if data.train is None:
         raise ValueError("data.train: training needs it, a COCO json")
-    annotations = load_coco(data.train, classes=data.classes)
+    annotations = load_coco(data.train, classes=data.classes, masks=DETECTORS[config.model.detector].needs_masks)
     root = find_images(data.train, data.train_images, annotations.file_names)
     number = len(annotations.file_names)
     if data.labelled is not None and data.labelled > number:

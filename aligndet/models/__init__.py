@@ -3,12 +3,22 @@
 from __future__ import annotations
 
 import difflib
+import inspect
+from typing import Any
 
 from aligndet.models.backbones import build_backbone
+from aligndet.models.faster_rcnn import FasterRCNN
 from aligndet.models.fcos import FCOS
+from aligndet.models.mask_rcnn import MaskRCNN
+from aligndet.models.retinanet import RetinaNet
 from aligndet.protocol import Detector
 
-DETECTORS = ("fcos",)
+DETECTORS: dict[str, type[FCOS | RetinaNet | FasterRCNN | MaskRCNN]] = {
+    "fcos": FCOS,
+    "retinanet": RetinaNet,
+    "faster_rcnn": FasterRCNN,
+    "mask_rcnn": MaskRCNN,
+}
 
 
 def build_detector(
@@ -16,14 +26,10 @@ def build_detector(
     backbone: str = "resnet50",
     num_classes: int = 80,
     *,
-    channels: int = 256,
-    convolutions: int = 4,
-    levels: int = 5,
-    centre_radius: float | None = None,
-    score_threshold: float = 0.05,
     width: float = 1.0,
     norm: str = "frozen",
     frozen_stages: int = 1,
+    **options: Any,
 ) -> Detector:
     """A detector by name, with random weights; ``aligndet.weights`` fills it.
 
@@ -31,30 +37,32 @@ def build_detector(
         name: one of DETECTORS.
         backbone: one of ``models.backbones.BACKBONES``.
         num_classes: K.
-        channels: C of neck and head.
-        convolutions: of each head tower.
-        levels: pyramid levels from stride 8 on.
-        centre_radius: centre sampling in units of a level's stride; None: any point inside a box.
-        score_threshold: detections below it are dropped.
         width, norm, frozen_stages: of the backbone, see ``build_backbone``.
+        options: keyword arguments of the detector's class.
 
     Raises:
-        ValueError: an unknown name (with the nearest one) or an impossible number.
+        ValueError: an unknown name or option (with the nearest one) or an impossible number.
     """
     if name not in DETECTORS:
-        near = difflib.get_close_matches(name, DETECTORS, n=1, cutoff=0.0)[0]
-        raise ValueError(f"detector: want one of {', '.join(DETECTORS)}, got {name!r}; the nearest is {near!r}")
+        raise ValueError(f"detector: want one of {', '.join(DETECTORS)}, got {name!r}; {_nearest(name, DETECTORS)}")
     if num_classes < 1:
         raise ValueError(f"num_classes: want at least 1, got {num_classes}")
-    return FCOS(
-        build_backbone(backbone, width=width, norm=norm, frozen_stages=frozen_stages),
-        num_classes,
-        channels=channels,
-        convolutions=convolutions,
-        levels=levels,
-        centre_radius=centre_radius,
-        score_threshold=score_threshold,
-    )
+    known = options_of(name)
+    for option in options:
+        if option not in known:
+            raise ValueError(f"{option}: no option of {name}, which has {', '.join(known)}; {_nearest(option, known)}")
+    body = build_backbone(backbone, width=width, norm=norm, frozen_stages=frozen_stages)
+    return DETECTORS[name](body, num_classes, **options)
 
 
-__all__ = ["DETECTORS", "FCOS", "build_backbone", "build_detector"]
+def options_of(name: str) -> tuple[str, ...]:
+    """The keyword arguments of a detector's class."""
+    parameters = inspect.signature(DETECTORS[name].__init__).parameters.values()
+    return tuple(item.name for item in parameters if item.kind is inspect.Parameter.KEYWORD_ONLY)
+
+
+def _nearest(name: str, known: Any) -> str:
+    return f"the nearest is {difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]!r}"
+
+
+__all__ = ["DETECTORS", "FCOS", "FasterRCNN", "MaskRCNN", "RetinaNet", "build_backbone", "build_detector", "options_of"]

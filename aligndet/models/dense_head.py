@@ -7,14 +7,27 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 
-def tower(channels: int, convolutions: int) -> nn.Sequential:
-    """3 x 3 convolutions with group norm and ReLU, shared by all levels; initialised N(0, 0.01)."""
+def tower(channels: int, convolutions: int, *, norm: bool = True, bias: bool | None = None) -> nn.Sequential:
+    """3 x 3 convolutions with group norm (where ``norm``) and ReLU, shared by all levels; initialised N(0, 0.01).
+
+    Convolutions have a bias where there is no norm, unless ``bias`` says otherwise.
+    """
     layers: list[nn.Module] = []
     for _ in range(convolutions):
-        convolution = nn.Conv2d(channels, channels, 3, padding=1, bias=False)
-        nn.init.normal_(convolution.weight, std=0.01)
-        layers += [convolution, nn.GroupNorm(32, channels), nn.ReLU(inplace=True)]
+        layer = convolution(channels, channels, 3)
+        if not (not norm if bias is None else bias):
+            layer.bias = None
+        layers += [layer, *([nn.GroupNorm(32, channels)] if norm else []), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
+
+
+class Head(nn.Module):
+    """The two towers that all levels share."""
+
+    def __init__(self, channels: int, convolutions: int, *, norm: bool = True, bias: bool | None = None) -> None:
+        super().__init__()
+        self.classification = tower(channels, convolutions, norm=norm, bias=bias)
+        self.box = tower(channels, convolutions, norm=norm, bias=bias)
 
 
 def convolution(inputs: int, outputs: int, size: int) -> nn.Conv2d:
@@ -79,3 +92,34 @@ def _patches(levels: list[Tensor], rows: Tensor) -> Tensor:
     steps = torch.arange(3, device=rows.device)
     neighbours = steps[:, None] * pitch[:, None, None] + steps  # [n, 3, 3]
     return table[(start + corner)[:, None] + neighbours.flatten(1)]
+
+
+def per_anchor(joined: Tensor, anchors: int) -> Tensor:
+    """``[N, A * X] -> [N * A, X]``: the rows of ``flat`` for A boxes per cell, in the order of ``Anchors``."""
+    return joined.reshape(len(joined) * anchors, -1)
+
+
+def best_per_level(
+    scores: Tensor, counts: tuple[int, ...], threshold: float, most: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The best (candidate, class) pairs of each level of one image.
+
+    Args:
+        scores: float [P, K], levels one after another.
+        counts: candidates per level.
+        threshold: pairs that do not exceed it are left out.
+        most: pairs per level.
+
+    Returns:
+        int64 [n] candidates, int64 [n] classes, float [n] scores; levels one after another, each best first.
+    """
+    rows, labels, values = [], [], []
+    start = 0
+    for part in scores.split(counts):
+        row, label = (part > threshold).nonzero(as_tuple=True)
+        value, best = part[row, label].topk(min(most, len(row)))
+        rows.append(row[best] + start)
+        labels.append(label[best])
+        values.append(value)
+        start += len(part)
+    return torch.cat(rows), torch.cat(labels), torch.cat(values)

@@ -13,14 +13,14 @@ from torchvision.ops import batched_nms
 from aligndet.assigners.center import assign_center
 from aligndet.losses.boxes import centerness_of, iou_loss
 from aligndet.losses.focal import sigmoid_focal_loss
-from aligndet.models.backbones import MobileNetV2, ResNet
-from aligndet.models.dense_head import at_points, convolution, flat, tower
+from aligndet.models.backbones import Backbone
+from aligndet.models.dense_head import Head, at_points, best_per_level, convolution, flat
 from aligndet.models.fpn import FPN
 from aligndet.models.priors import Points, points_of
 from aligndet.ops.boxes import clip
 from aligndet.ops.reduce import mean_over_ranks
 from aligndet.protocol import Detector
-from aligndet.structures import BACKGROUND, IGNORED, Candidates, Detections, Targets
+from aligndet.structures import Candidates, Detections, Targets, class_of
 
 FINEST = 8  # px, stride of P3
 LONGEST = 16.0  # distances end at its exp, nine million px: at infinity the gradient of the IoU is nan
@@ -58,15 +58,6 @@ class BoxPredictor(nn.Module):
         return [exponent.clamp(max=LONGEST).exp() for exponent in exponents]
 
 
-class Head(nn.Module):
-    """The two towers that all levels share."""
-
-    def __init__(self, channels: int, convolutions: int) -> None:
-        super().__init__()
-        self.classification = tower(channels, convolutions)
-        self.box = tower(channels, convolutions)
-
-
 class FCOS(Detector):
     """FCOS with centerness on the classification branch, no centre sampling by default.
 
@@ -85,7 +76,7 @@ class FCOS(Detector):
 
     def __init__(
         self,
-        backbone: ResNet | MobileNetV2,
+        backbone: Backbone,
         num_classes: int,
         *,
         channels: int = 256,
@@ -163,9 +154,8 @@ class FCOS(Detector):
     def classification_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
         """Focal loss over the number of positives."""
         assert candidates.scores is not None and candidates.matched is not None
-        table = torch.cat([targets.labels, targets.labels.new_tensor([IGNORED, BACKGROUND])])
         count = mean_over_ranks((candidates.matched >= 0).sum().float()).clamp(min=1)
-        return {"classification": sigmoid_focal_loss(candidates.scores, table[candidates.matched]) / count}
+        return {"classification": sigmoid_focal_loss(candidates.scores, class_of(targets, candidates.matched)) / count}
 
     @torch.no_grad()
     def detect(self, candidates: Candidates, sizes: Tensor) -> list[Detections]:
@@ -177,7 +167,8 @@ class FCOS(Detector):
         centerness = candidates.centerness.float().sigmoid().view(images, -1)
         boxes = candidates.boxes.view(images, -1, 4)
         level = candidates.level.view(images, -1)[0]
-        return [self._detect(scores[i], centerness[i], clip(boxes[i], sizes[i]), level) for i in range(images)]
+        counts = tuple(torch.bincount(level, minlength=len(self.strides)).tolist())
+        return [self._detect(scores[i], centerness[i], clip(boxes[i], sizes[i]), counts) for i in range(images)]
 
     def _assign(self, points: Points, targets: Targets, images: int) -> Tensor:
         """Row of ``targets`` for every point of every image: int64 [B * P]."""
@@ -198,13 +189,8 @@ class FCOS(Detector):
         centerness = flat([self.predictors["centerness"](level) for level in classes], rows).squeeze(1)
         return boxes, centerness
 
-    def _detect(self, scores: Tensor, centerness: Tensor, boxes: Tensor, level: Tensor) -> Detections:
-        kept = []
-        for number in range(len(self.strides)):
-            point, label = ((scores > self.score_threshold) & (level == number)[:, None]).nonzero(as_tuple=True)
-            best = scores[point, label].topk(min(1000, len(point))).indices
-            kept.append(torch.stack([point[best], label[best]]))
-        point, label = torch.cat(kept, dim=1)
-        score = scores[point, label] * centerness[point]
+    def _detect(self, scores: Tensor, centerness: Tensor, boxes: Tensor, counts: tuple[int, ...]) -> Detections:
+        point, label, score = best_per_level(scores, counts, self.score_threshold, 1000)
+        score = score * centerness[point]
         chosen = batched_nms(boxes[point], score, label, 0.5)[:100]
         return Detections(boxes[point][chosen], score[chosen], label[chosen])

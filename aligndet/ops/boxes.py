@@ -21,6 +21,24 @@ def matched_iou(a: Tensor, b: Tensor) -> Tensor:
     return overlap / union.clamp(min=torch.finfo(a.dtype).tiny)
 
 
+def overlap_areas(a: Tensor, b: Tensor) -> Tensor:
+    """Areas of the intersections of every box of ``a`` [N, 4] with every box of ``b`` [M, 4]: [N, M] px²."""
+    width = torch.minimum(a[:, None, 2], b[:, 2]) - torch.maximum(a[:, None, 0], b[:, 0])
+    height = torch.minimum(a[:, None, 3], b[:, 3]) - torch.maximum(a[:, None, 1], b[:, 1])
+    return width.clamp_(min=0) * height.clamp_(min=0)
+
+
+def iou_matrix(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union of every box of ``a`` [N, 4] with every box of ``b`` [M, 4]: [N, M] in 0 .. 1.
+
+    0 where the union is empty. Without a graph through ``a`` or ``b``: it serves matching.
+    """
+    with torch.no_grad():
+        overlap = overlap_areas(a, b)
+        union = area(a)[:, None] + area(b) - overlap
+        return overlap / union.clamp_(min=torch.finfo(a.dtype).tiny)
+
+
 def clip(boxes: Tensor, size: Tensor) -> Tensor:
     """Boxes [N, 4] cut at the borders of an image of ``size`` (height, width) px."""
     limits = size.flip(0).repeat(2).to(boxes.dtype)

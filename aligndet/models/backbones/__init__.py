@@ -5,20 +5,21 @@ from __future__ import annotations
 import difflib
 
 from aligndet.models.backbones.mobilenet import MobileNetV2
+from aligndet.models.backbones.norm import NORMS
 from aligndet.models.backbones.resnet import RESNETS, ResNet
 
+Backbone = ResNet | MobileNetV2
 BACKBONES = (*RESNETS, "mobilenet_v2")
 
 
-def build_backbone(
-    name: str, *, width: float = 1.0, norm: str = "frozen", frozen_stages: int = 1
-) -> ResNet | MobileNetV2:
+def build_backbone(name: str, *, width: float = 1.0, norm: str = "frozen", frozen_stages: int = 1) -> Backbone:
     """A backbone by name, with random weights.
 
     Args:
         name: one of BACKBONES.
         width: multiplies all channel counts; 1 is the published network.
-        norm: "frozen" (statistics and affine parameters are constants), "batch" or "sync".
+        norm: "frozen" (statistics and affine parameters are constants), "affine"
+            (statistics only), "batch" or "sync".
         frozen_stages: 0 none, 1 stem and first stage, ... 4 everything.
 
     Returns:
@@ -27,8 +28,8 @@ def build_backbone(
     Raises:
         ValueError: unknown name or norm, or impossible numbers.
     """
-    if norm not in ("frozen", "batch", "sync"):
-        raise ValueError(f"norm: want frozen, batch or sync, got {norm!r}")
+    if norm not in NORMS:
+        raise ValueError(f"norm: want one of {', '.join(NORMS)}, got {norm!r}")
     if not 0 <= frozen_stages <= 4:
         raise ValueError(f"frozen_stages: want 0 .. 4, got {frozen_stages}")
     if not width > 0:
@@ -42,4 +43,4 @@ def build_backbone(
     return ResNet(block, depths, width, norm, frozen_stages)
 
 
-__all__ = ["BACKBONES", "MobileNetV2", "ResNet", "build_backbone"]
+__all__ = ["BACKBONES", "Backbone", "MobileNetV2", "ResNet", "build_backbone"]

@@ -1,4 +1,4 @@
-"""Batch norm of backbones: frozen, per rank, or over all ranks."""
+"""Batch norm: frozen, with learned affine parameters only, per rank, or over all ranks."""
 
 from __future__ import annotations
 
@@ -35,7 +35,20 @@ class FrozenBatchNorm(nn.Module):
         return F.batch_norm(x, self.running_mean, self.running_var, self.weight, self.bias, False, 0.0, self.eps)
 
 
-NORMS: dict[str, Callable[..., Any]] = {"frozen": FrozenBatchNorm, "batch": nn.BatchNorm2d, "sync": nn.SyncBatchNorm}
+class FixedBatchNorm(nn.BatchNorm2d):
+    """Batch norm that always uses its running statistics; the affine parameters learn."""
+
+    def train(self, mode: bool = True) -> FixedBatchNorm:
+        """Stay in evaluation mode."""
+        return super().train(False)
+
+
+NORMS: dict[str, Callable[..., Any]] = {
+    "frozen": FrozenBatchNorm,
+    "affine": FixedBatchNorm,
+    "batch": nn.BatchNorm2d,
+    "sync": nn.SyncBatchNorm,
+}
 
 
 def freeze(modules: list[nn.Module]) -> None:

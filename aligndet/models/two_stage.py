@@ -1,0 +1,222 @@
+"""What Faster and Mask R-CNN share: proposals first, then a class and a finer box for each."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.ops import batched_nms
+
+from aligndet.assigners.iou import IoUAssigner
+from aligndet.assigners.sampling import PositivesFirst
+from aligndet.models.backbones import Backbone
+from aligndet.models.fpn import FPN
+from aligndet.models.priors import AnchorShapes
+from aligndet.models.roi_head import BoxHead, linear, own_class
+from aligndet.models.rpn import RPN, Objectness
+from aligndet.ops.boxes import clip
+from aligndet.ops.coders import DeltaCoder
+from aligndet.ops.reduce import mean_over_ranks
+from aligndet.ops.roi_align import multilevel_roi_align
+from aligndet.protocol import Detector, Sampler
+from aligndet.structures import BACKGROUND, Candidates, Detections, Targets, class_of
+
+STRIDES = (4, 8, 16, 32, 64)  # px, of P2 .. P6
+POOLED = 7  # cells per side of the box head's input
+STDS = (0.1, 0.1, 0.2, 0.2)
+
+
+@dataclass(frozen=True)
+class Pooling:
+    """How features of regions are taken.
+
+    Attributes:
+        sampling_ratio: samples per cell and axis; 0 adapts to the box.
+        aligned: pixel centres at half-integers.
+    """
+
+    sampling_ratio: int = 0
+    aligned: bool = True
+
+
+ADAPTIVE = Pooling()
+
+
+@dataclass(frozen=True)
+class RegionCandidates(Candidates):
+    """Regions, image by image; with targets the sampled ones.
+
+    Attributes:
+        boxes: float32 [N, 4] xyxy px, clipped.
+        deltas: float [N, K, 4], offsets of the final boxes from them (K = 1: of any class); None where ``localizes``
+            is off.
+        counts: regions per image.
+        levels: P2 .. P5, read by the mask head.
+        objectness: what the RPN says of its sampled anchors; None without targets or where ``localizes`` is off.
+    """
+
+    boxes: Tensor
+    deltas: Tensor | None
+    counts: tuple[int, ...]
+    levels: list[Tensor]
+    objectness: Objectness | None
+
+
+class TwoStage(Detector):
+    """Faster R-CNN's parts; abstract only in name: see ``faster_rcnn`` and ``mask_rcnn``.
+
+    Args:
+        backbone: all four outputs are used.
+        num_classes: K.
+        channels: C of neck and RPN.
+        box_head: key of BOX_HEADS.
+        score_threshold: class probability below which nothing is detected.
+        neck_norm, head_norm: None or key of NORMS.
+        rpn_depth: 3 x 3 convolutions of the RPN.
+        anchors: shapes per level; None: one size, 8 strides, in three ratios.
+        pooling: of RoIAlign.
+        low_quality: whether each box takes the regions nearest to it in the second stage.
+
+    Source:
+        Method section 1.4.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        num_classes: int,
+        *,
+        channels: int = 256,
+        box_head: str = "4conv1fc",
+        score_threshold: float = 0.05,
+        neck_norm: str | None = None,
+        head_norm: str | None = None,
+        rpn_depth: int = 1,
+        anchors: AnchorShapes | None = None,
+        pooling: Pooling = ADAPTIVE,
+        low_quality: bool = True,
+    ) -> None:
+        super().__init__()
+        if channels < 1:
+            raise ValueError(f"channels: want a positive number, got {channels}")
+        self.channels, self.score_threshold, self.pooling = channels, score_threshold, pooling
+        self.assigner = IoUAssigner(0.5, 0.5, 0.5, low_quality)
+        self.sample_regions: Sampler = PositivesFirst(512, "image", 0.75)
+        self.coder = DeltaCoder(STDS)
+        self.backbone = backbone
+        self.neck = FPN(backbone.channels, channels, 1, source="pool", norm=neck_norm)
+        self.rpn = RPN(channels, anchors or AnchorShapes(tuple((8.0 * s,) for s in STRIDES)), depth=rpn_depth)
+        self.head = BoxHead(channels, POOLED, box_head, norm=head_norm)
+        box = linear(self.head.width, 4 * num_classes, 0.001)
+        # One output more than classes, the last: background.
+        self.predictors = nn.ModuleDict({"score": self.score_layer(num_classes + 1), "box": box})
+
+    def score_layer(self, width: int, hidden: bool = False) -> nn.Module:
+        """A linear layer; hidden: two (method section 2.4)."""
+        last = linear(self.head.width, width, 0.01)
+        if not hidden:
+            return last
+        return nn.Sequential(linear(self.head.width, self.head.width, 0.01), nn.ReLU(inplace=True), last)
+
+    def candidates(self, features: list[Tensor], sizes: Tensor, targets: Targets | None = None) -> RegionCandidates:
+        """See Detector; the rows are regions, image by image."""
+        levels = self.neck(features)
+        shapes = [(level.shape[2], level.shape[3]) for level in levels]
+        padded = (shapes[0][0] * STRIDES[0], shapes[0][1] * STRIDES[0])
+        anchors = self.rpn.shapes.on(shapes, STRIDES, levels[0].device, padded)
+        scores, deltas = self.rpn(levels)
+        regions = self.rpn.proposals(scores, deltas, anchors, sizes)
+        objectness, matched = None, None
+        if targets is not None:
+            if self.localizes:
+                objectness = self.rpn.matches(scores, deltas, anchors, sizes, targets, self.size_divisor)
+            regions, matched = self._sampled(regions, targets)
+        boxes = torch.cat(regions)
+        counts = tuple(len(part) for part in regions)
+        image = torch.repeat_interleave(
+            torch.arange(len(regions), device=boxes.device), torch.tensor(counts, device=boxes.device)
+        )
+        shared = self.head(self.pool(levels[:4], boxes, image, POOLED))
+        outputs = {name: self.predictors[name](shared) for name in self._read() if name in self.predictors}
+        offsets = outputs["box"].view(len(boxes), -1, 4) if self.localizes else None
+        return RegionCandidates(
+            outputs.get("score"),
+            outputs.get("embedding"),
+            image,
+            matched,
+            boxes,
+            offsets,
+            counts,
+            levels[:4],
+            objectness,
+        )
+
+    def localization_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
+        """The RPN's losses, and L1 of the offsets of positive regions over the number of sampled ones."""
+        assert isinstance(candidates, RegionCandidates) and candidates.matched is not None
+        assert candidates.deltas is not None and candidates.objectness is not None
+        losses = self.rpn.losses(candidates.objectness, targets)
+        positive = (candidates.matched >= 0).nonzero().squeeze(1)
+        match = candidates.matched[positive]
+        truth = self.coder.encode(candidates.boxes[positive], targets.boxes[match])
+        offsets = own_class(candidates.deltas[positive].float(), targets.labels[match])
+        return losses | {"box": F.l1_loss(offsets, truth, reduction="sum") / _number(candidates)}
+
+    def classification_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
+        """Softmax cross-entropy, mean over the sampled regions; background is the last class."""
+        assert isinstance(candidates, RegionCandidates)
+        assert candidates.scores is not None and candidates.matched is not None
+        labels = class_of(targets, candidates.matched)
+        labels = torch.where(labels == BACKGROUND, candidates.scores.shape[1] - 1, labels)
+        cost = F.cross_entropy(candidates.scores.float(), labels, reduction="sum")
+        return {"classification": cost / _number(candidates)}
+
+    @torch.no_grad()
+    def detect(self, candidates: Candidates, sizes: Tensor) -> list[Detections]:
+        """Class probability above the threshold, class-wise NMS at 0.5, best 100."""
+        assert isinstance(candidates, RegionCandidates)
+        assert candidates.scores is not None and candidates.deltas is not None
+        scores = candidates.scores.float().softmax(dim=1)[:, :-1].split(candidates.counts)
+        deltas, regions = candidates.deltas.split(candidates.counts), candidates.boxes.split(candidates.counts)
+        return [self._detect(*parts) for parts in zip(scores, deltas, regions, sizes, strict=True)]
+
+    def pool(self, levels: list[Tensor], boxes: Tensor, image: Tensor, size: int) -> Tensor:
+        """Features [N, C, size, size] of boxes, from P2 .. P5."""
+        return multilevel_roi_align(
+            levels,
+            boxes,
+            image,
+            size,
+            strides=STRIDES[:4],
+            sampling_ratio=self.pooling.sampling_ratio,
+            aligned=self.pooling.aligned,
+        )
+
+    def _read(self) -> tuple[str, ...]:
+        return ("score", "embedding", "box") if self.localizes else ("score", "embedding")
+
+    def _sampled(self, regions: list[Tensor], targets: Targets) -> tuple[list[Tensor], Tensor]:
+        """Proposals and the boxes themselves, matched and sampled. Source: method section 1.4."""
+        counts = torch.bincount(targets.image, minlength=len(regions)).tolist()
+        truth = targets.boxes.split(counts)
+        regions = [torch.cat([boxes, part]) for boxes, part in zip(truth, regions, strict=True)]
+        numbers = torch.tensor([len(part) for part in regions], device=targets.boxes.device)
+        image = torch.repeat_interleave(torch.arange(len(regions), device=numbers.device), numbers)
+        matched = self.assigner(regions, targets)
+        rows = (self.sample or self.sample_regions)(matched, image)
+        kept = torch.bincount(image[rows], minlength=len(regions)).tolist()
+        return list(torch.cat(regions)[rows].split(kept)), matched[rows]
+
+    def _detect(self, scores: Tensor, deltas: Tensor, regions: Tensor, size: Tensor) -> Detections:
+        row, label = (scores > self.score_threshold).nonzero(as_tuple=True)
+        offsets = own_class(deltas[row], label)
+        boxes, score = clip(self.coder.decode(regions[row], offsets), size), scores[row, label]
+        chosen = batched_nms(boxes, score, label, 0.5)[:100]
+        return Detections(boxes[chosen], score[chosen], label[chosen])
+
+
+def _number(candidates: RegionCandidates) -> Tensor:
+    """Sampled regions of the batch, at least 1, mean over ranks."""
+    return mean_over_ranks(candidates.boxes.new_tensor(float(len(candidates.boxes)))).clamp(min=1)

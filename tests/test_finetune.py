@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import pytest
 import torch
 
 from aligndet.data.batch import collate
@@ -13,15 +14,19 @@ from aligndet.finetune import FineTune
 from aligndet.models import build_detector
 from tests.scenes import small_detector, views_of
 
+RATES = {"fcos": 2e-3, "retinanet": 2e-3}
 
-def test_fcos_overfits_four_images(tmp_path: Path) -> None:
+
+@pytest.mark.parametrize("name", list(RATES))
+def test_four_images_are_overfitted(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
     path = make_scenes(tmp_path, images=4, size=128, seed=7, name="train")
     annotations = load_coco(path)
     dataset = LabelledImages(annotations, tmp_path / "images", short_sides=(128,), long_side=128, flip_probability=0.0)
     batch = collate([dataset[(index, index)] for index in range(len(dataset))])
     assert len(batch) == 4
     detector = build_detector(
-        "fcos",
+        name,
         "resnet18",
         num_classes=len(annotations.class_names),
         width=0.5,
@@ -32,11 +37,11 @@ def test_fcos_overfits_four_images(tmp_path: Path) -> None:
         frozen_stages=0,
     )
     model = FineTune(detector).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=1e-4)
+    optimizer = torch.optim.AdamW(model.parameters(), RATES[name], weight_decay=1e-4)
     steps = 220
     for step in range(steps):
         for group in optimizer.param_groups:
-            group["lr"] = 2e-3 * min(1, (step + 1) / 20, 2 * (1 - step / steps))
+            group["lr"] = RATES[name] * min(1, (step + 1) / 20, 2 * (1 - step / steps))
         optimizer.zero_grad()
         torch.stack(list(model(batch).values())).sum().backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 10)

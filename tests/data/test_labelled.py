@@ -8,13 +8,16 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as rle
 
 from aligndet.data.batch import collate
 from aligndet.data.coco import find_images, load_coco
 from aligndet.data.folder import list_images
 from aligndet.data.labelled import EvaluationImages, LabelledImages
+from aligndet.data.segmentation import run_lengths
 from aligndet.data.splits import choose_labelled
 from aligndet.data.stream import StepSampler, loader
+from aligndet.data.synthetic import make_scenes
 
 
 def coco(folder: Path, **changes: Any) -> Path:
@@ -242,3 +245,59 @@ def test_folders_are_searched_deep_and_links_do_not_loop(tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no file ends in"):
         list_images(tmp_path / "empty")
+
+
+def test_masks_of_all_three_forms_agree(tmp_path: Path) -> None:
+    square = np.zeros((40, 60), dtype=np.uint8, order="F")
+    square[5:15, 10:30] = 1
+    compressed = rle.encode(square)
+    columns = square.flatten(order="F")
+    edges = np.flatnonzero(np.diff(np.concatenate([[0], columns, [1 - columns[-1]]]).astype(np.int8)))
+    lengths = np.diff(np.concatenate([[0], edges])).tolist()
+    forms: list[Any] = [
+        [[10, 5, 30, 5, 30, 15, 10, 15]],
+        {"size": [40, 60], "counts": lengths},
+        {"size": [40, 60], "counts": compressed["counts"].decode()},
+    ]
+    for form in forms:
+        counts, reason = run_lengths(form, (40, 60))
+        assert reason == ""
+        assert np.array_equal(rle.decode({"size": [40, 60], "counts": counts}), square)
+    for form, message in [
+        ([], "without a segmentation"),
+        (None, "without a segmentation"),
+        ([[1, 2, 3, 4]], "fewer than three points"),
+        ({"size": [60, 40], "counts": lengths}, "another size"),
+        ({"size": [40, 60], "counts": [2400]}, "empty"),
+        ({"size": [40, 60]}, "no mask"),
+        ("text", "no mask"),
+        ([["a", 1, 2, 3, 4, 5]], "no mask"),
+    ]:
+        counts, reason = run_lengths(form, (40, 60))
+        assert counts == b""
+        assert message in reason
+    assert "how large" in run_lengths(forms[0], (0, 0))[1]
+
+
+def test_masks_stay_on_their_boxes_through_resizing_and_flipping(tmp_path: Path) -> None:
+    path = make_scenes(tmp_path, images=3, size=96, seed=5, name="train")
+    annotations = load_coco(path, masks=True)
+    for flip_probability in (0.0, 1.0):
+        dataset = LabelledImages(
+            annotations, tmp_path / "images", short_sides=(150,), long_side=200, flip_probability=flip_probability
+        )
+        samples = [dataset[(index, index)] for index in range(len(dataset))]
+        for sample in samples:
+            assert sample.masks is not None
+            assert sample.masks.shape == (len(sample.boxes), *sample.image.shape[1:])
+            for mask, box in zip(sample.masks, sample.boxes, strict=True):
+                rows, columns = mask.any(1).nonzero().squeeze(1), mask.any(0).nonzero().squeeze(1)
+                hull = torch.stack([columns[0], rows[0], columns[-1] + 1, rows[-1] + 1])
+                assert (hull - box).abs().max() < 1
+        batch = collate(samples)
+        assert batch.targets.masks is not None
+        assert batch.targets.masks.shape == (len(batch.targets), *batch.images.shape[2:])
+        assert batch.targets.masks.sum(dim=(1, 2)).min() > 0
+    plain = load_coco(path)
+    with pytest.raises(ValueError, match="read without masks"):
+        plain.masks_of(np.array([0]), (96, 96))

@@ -322,7 +322,7 @@ def _check_task_combinations(config: Config) -> None:
             raise ValueError(f"data.{name}: task {config.task} needs it")
     if config.task == FINETUNE and data.train is None and data.val is None:
         raise ValueError("data.train: task finetune needs it (evaluation alone needs only data.val)")
-    if config.task == IMAGE_DOMAIN and config.model.norm == "frozen":
+    if config.task == IMAGE_DOMAIN and config.model.norm == "frozen" and not config.model.backbone.startswith("swin"):
         raise ValueError("model.norm: a backbone trained from random weights needs norms that learn: batch or sync")
     if config.task == PRETRAIN:
         if method.contrast < 0 or method.localization < 0 or not method.contrast + method.localization > 0:

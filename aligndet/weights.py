@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,12 +13,18 @@ import torch
 from torch import Tensor, nn
 
 from aligndet.models import build_detector
+from aligndet.models.backbones.swin import Swin, from_official, resized_tables
 from aligndet.pretrain import AlignDet
 from aligndet.protocol import Detector
 
 MODULES = ("backbone", "neck", "rpn", "head")
 # Layers of an image classifier that no detector has; leaving them out of a backbone file is not a loss.
 CLASSIFIERS = ("fc.", "classifier.", "head.")
+
+# Tensors that follow from others, and those that no classifier has (Swin's norms of the outputs, identities at first).
+DERIVED, FRESH = ("num_batches_tracked", "relative_position_index"), ("norms.",)
+# One tensor by which each family of backbones is recognised, wherever in a file it stands.
+LANDMARKS = ("layer1.0.conv1.weight", "features.0.0.weight", "patch_embed.proj.weight")
 
 
 @dataclass(frozen=True)
@@ -71,7 +78,10 @@ def read_weights(path: str | Path) -> dict[str, Any]:
 
 
 def load_backbone(detector: Detector | nn.Module, path: str | Path) -> Report:
-    """Load image-classification weights (torchvision's layout, or our image-domain runs) into the backbone.
+    """Load weights of image classification or of self-supervised pre-training into the backbone.
+
+    Recognised are torchvision's names, our image-domain runs, Microsoft's Swin and SimMIM, and what stands around them
+    in the files of MoCo v1 to v3, DenseCL, PixPro, SoCo, SwAV and DINO: of several encoders the one that was trained.
 
     Args:
         detector: its ``backbone`` is filled; half-precision tensors are cast.
@@ -83,10 +93,12 @@ def load_backbone(detector: Detector | nn.Module, path: str | Path) -> Report:
     """
     backbone = detector.backbone
     assert isinstance(backbone, nn.Module)
-    state = _without_prefix(_tensors(read_weights(path), ("backbone", "state_dict", "model"), path))
+    state = _unwrapped(_tensors(read_weights(path), ("backbone", "state_dict", "model", "teacher"), path))
+    if isinstance(backbone, Swin):
+        state = resized_tables(from_official(state), backbone.state_dict())
     state = {name: value for name, value in state.items() if not name.startswith(CLASSIFIERS)}
     report = _fill(backbone, state, str(path))
-    lacking = [name for name in report.kept if not name.endswith("num_batches_tracked")]
+    lacking = [name for name in report.kept if not name.endswith(DERIVED) and not name.startswith(FRESH)]
     if lacking or report.mismatched:
         missing = f"{len(lacking)} of its tensors are not in the file (first: {lacking[0]})" if lacking else ""
         shapes = f"shapes differ: {report.mismatched[0]}" if report.mismatched else ""
@@ -170,11 +182,19 @@ def _tensors(content: dict[str, Any], wrappers: tuple[str, ...], path: str | Pat
     return state
 
 
-def _without_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    for prefix in ("module.", "backbone."):
-        if any(name.startswith(prefix) for name in state):
-            state = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    return state
+def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of one backbone without the names around it; of several, averages (momentum, _k, ema) come last."""
+    prefixes = {
+        name[: -len(landmark)]
+        for name in state
+        for landmark in LANDMARKS
+        if name == landmark or name.endswith("." + landmark)
+    }
+    if not prefixes:
+        return state
+    averaged = re.compile(r"(_k\.|_k$|momentum|ema|target)")
+    prefix = min(prefixes, key=lambda text: (bool(averaged.search(text)), len(text), text))
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _module_of(name: str) -> str:

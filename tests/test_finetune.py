@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from aligndet.assigners import PositivesFirst
 from aligndet.data.batch import collate
 from aligndet.data.coco import load_coco
 from aligndet.data.labelled import LabelledImages
@@ -64,3 +65,40 @@ def test_images_and_batches_without_boxes_give_a_gradient_to_every_parameter() -
         torch.stack(list(losses.values())).sum().backward()
         assert not [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
         model.zero_grad()
+
+
+@pytest.mark.slow
+def test_mask_rcnn_overfits_boxes_and_masks(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = make_scenes(tmp_path, images=4, size=128, seed=7, name="train")
+    annotations = load_coco(path, masks=True)
+    dataset = LabelledImages(annotations, tmp_path / "images", short_sides=(256,), long_side=256, flip_probability=0.0)
+    batch = collate([dataset[(index, index)] for index in range(len(dataset))])
+    detector = build_detector(
+        "mask_rcnn",
+        "resnet18",
+        num_classes=len(annotations.class_names),
+        width=0.5,
+        channels=64,
+        norm="batch",
+        frozen_stages=0,
+        box_head="2fc",
+    )
+    detector.sample = PositivesFirst(128, "image", 0.75)
+    model = FineTune(detector).train()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-4)
+    steps = 200
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = 1e-3 * min(1, (step + 1) / 20, 2 * (1 - step / steps))
+        optimizer.zero_grad()
+        torch.stack(list(model(batch).values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        candidates = detector.candidates(detector.features(batch.images, batch.sizes), batch.sizes)
+        found = detector.detect(candidates, batch.sizes)
+    pasted = {number: item.resized((256, 256), (128, 128)) for number, item in zip(batch.image_ids, found, strict=True)}
+    assert coco_metrics(path, pasted)["AP"] > 0.9
+    assert coco_metrics(path, pasted, "segm")["AP"] > 0.9

@@ -239,3 +239,44 @@ def _losses(detector: FCOS, view: object) -> dict[str, torch.Tensor]:
     found = detector.candidates(features, view.sizes, view.targets)  # type: ignore[attr-defined]
     targets = view.targets  # type: ignore[attr-defined]
     return detector.localization_loss(found, targets) | detector.classification_loss(found, targets)
+
+
+@pytest.mark.parametrize("name", ["swin_t", "swin_b"])
+def test_swin_computes_what_torchvision_computes(name: str) -> None:
+    torch.manual_seed(0)
+    theirs = getattr(torchvision.models, name)(weights=None).eval()
+    ours = build_backbone(name).eval()
+    lacking = ours.load_state_dict(theirs.state_dict(), strict=False)
+    assert all(key.startswith("norms.") for key in lacking.missing_keys)
+    assert set(lacking.unexpected_keys) == {"norm.weight", "norm.bias", "head.weight", "head.bias"}
+    images = torch.randn(2, 3, 61, 97)
+    with torch.no_grad():
+        features = ours(images)
+        for number, layer in enumerate(theirs.features):
+            images = layer(images)
+            if number % 2:
+                expected = nn.functional.layer_norm(images, images.shape[-1:]).permute(0, 3, 1, 2)
+                assert (features[number // 2] - expected).abs().max() < 1e-5
+    assert tuple(f.shape[1] for f in features) == ours.channels
+
+
+@pytest.mark.parametrize(("name", "count"), [("swin_s", 48_838_602), ("swin_b", 86_745_016), ("swin_l", 194_998_164)])
+def test_swin_parameter_counts(name: str, count: int) -> None:
+    with torch.device("meta"):
+        assert sum(p.numel() for p in build_backbone(name, frozen_stages=0).parameters()) == count
+
+
+def test_swin_freezes_stage_by_stage_and_drops_paths_in_training_only() -> None:
+    torch.manual_seed(0)
+    counts = [trained(build_backbone("swin_t", width=0.25, frozen_stages=stages)) for stages in range(5)]
+    assert counts == sorted(set(counts), reverse=True)
+    assert counts[4] == 0
+    backbone = build_backbone("swin_t", width=0.25, frozen_stages=0)
+    images = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        dropped = [backbone.train()(images)[3] for _ in range(4)]
+        kept = [backbone.eval()(images)[3] for _ in range(2)]
+    assert any(not torch.equal(dropped[0], other) for other in dropped[1:])
+    assert torch.equal(*kept)
+    with pytest.raises(ValueError, match="swin_t has no batch norm"):
+        build_backbone("swin_t", norm="batch")

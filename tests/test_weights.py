@@ -1,12 +1,14 @@
 """Claims about weights: what transfers, what is refused, what is reported."""
 
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
 import torchvision
+from torch import nn
 
-from aligndet.models import build_detector
+from aligndet.models import build_backbone, build_detector
 from aligndet.pretrain import AlignDet
 from aligndet.weights import export_detector, export_pretrained, load_backbone, load_detector, load_pretrained
 from tests.scenes import small_detector, views_of
@@ -135,3 +137,62 @@ def test_published_style_imagenet_weights_load(shared: Path) -> None:
     images = torch.rand(2, 3, 64, 96)
     with torch.no_grad():
         assert torch.allclose(detector.backbone.eval()(images)[-1], theirs.eval().features(images), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("around", "wrapper", "others"),
+    [
+        ("module.encoder_q.", "state_dict", ("module.encoder_k.",)),  # MoCo v1, v2
+        ("module.base_encoder.", "state_dict", ("module.momentum_encoder.",)),  # MoCo v3
+        ("module.", "", ()),  # SwAV
+        ("encoder_q.0.", "state_dict", ("encoder_k.0.",)),  # DenseCL
+        ("module.encoder.", "model", ("module.encoder_k.",)),  # PixPro, SoCo
+        ("module.backbone.", "teacher", ()),  # DINO
+        ("backbone.", "state_dict", ()),
+    ],
+)
+def test_self_supervised_layouts_are_recognised(
+    tmp_path: Path, around: str, wrapper: str, others: tuple[str, ...]
+) -> None:
+    source = build_backbone("resnet18", width=0.25)
+    state = {around + name: value for name, value in source.state_dict().items()}
+    for other in others:
+        state |= {other + name: torch.zeros_like(value) for name, value in source.state_dict().items()}
+    state |= {"module.projection_head.0.weight": torch.zeros(3)}
+    torch.save({wrapper: state, "epoch": 3} if wrapper else state, tmp_path / "weights.pth")
+    detector = build_detector("fcos", "resnet18", width=0.25, channels=32)
+    load_backbone(detector, tmp_path / "weights.pth")
+    loaded = cast(nn.Module, detector.backbone).state_dict()
+    assert all(torch.equal(loaded[name], value) for name, value in source.state_dict().items())
+
+
+@pytest.mark.parametrize("encoder", ["", "encoder."])
+def test_official_swin_weights_of_another_window_load(tmp_path: Path, encoder: str) -> None:
+    detector = build_detector("mask_rcnn", "swin_t", width=0.25, channels=32)
+    own = cast(nn.Module, detector.backbone).state_dict()
+    official = {}
+    for name, value in own.items():
+        if name.startswith("norms.") or name.endswith("relative_position_index"):
+            continue
+        parts = name.split(".")
+        stage, rest = int(parts[1]), ".".join(parts[2:])
+        if stage == 0:
+            key = f"patch_embed.{'proj' if parts[2] == '0' else 'norm'}.{parts[3]}"
+        elif stage % 2:
+            key = f"layers.{stage // 2}.blocks.{rest}".replace(".mlp.0.", ".mlp.fc1.").replace(".mlp.3.", ".mlp.fc2.")
+        else:
+            key = f"layers.{stage // 2 - 1}.downsample.{rest}"
+        value = torch.randn(value.shape)
+        if key.endswith("relative_position_bias_table"):
+            value = torch.full((11 * 11, value.shape[1]), 0.5)  # window 6, as in SimMIM
+        official[encoder + key] = value
+    torch.save({"model": official | {f"{encoder}norm.weight": torch.ones(3)}}, tmp_path / "swin.pth")
+    load_backbone(detector, tmp_path / "swin.pth")
+    loaded = cast(nn.Module, detector.backbone).state_dict()
+    assert torch.equal(
+        loaded["features.2.reduction.weight"], official[f"{encoder}layers.0.downsample.reduction.weight"]
+    )
+    assert torch.equal(loaded["features.3.1.mlp.3.bias"], official[f"{encoder}layers.1.blocks.1.mlp.fc2.bias"])
+    table = loaded["features.5.0.attn.relative_position_bias_table"]
+    assert table.shape[0] == 169
+    assert (table - 0.5).abs().max() < 1e-5

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aligndet.models.backbones import MobileNetV2, ResNet
+from aligndet.models.backbones import Backbone
 from aligndet.protocol import Detector, normalise
 from aligndet.structures import Batch
 
@@ -24,7 +24,7 @@ class SimSiam(nn.Module):
         but for the projector's, which has no affine parameters.
     """
 
-    def __init__(self, backbone: ResNet | MobileNetV2, *, projection: int = 2048, bottleneck: int = 512) -> None:
+    def __init__(self, backbone: Backbone, *, projection: int = 2048, bottleneck: int = 512) -> None:
         super().__init__()
         self.backbone = backbone
         self.projector = nn.Sequential(

@@ -7,9 +7,10 @@ import difflib
 from aligndet.models.backbones.mobilenet import MobileNetV2
 from aligndet.models.backbones.norm import NORMS
 from aligndet.models.backbones.resnet import RESNETS, ResNet
+from aligndet.models.backbones.swin import SWINS, Swin
 
-Backbone = ResNet | MobileNetV2
-BACKBONES = (*RESNETS, "mobilenet_v2")
+Backbone = ResNet | MobileNetV2 | Swin
+BACKBONES = (*RESNETS, "mobilenet_v2", *SWINS)
 
 
 def build_backbone(name: str, *, width: float = 1.0, norm: str = "frozen", frozen_stages: int = 1) -> Backbone:
@@ -36,6 +37,10 @@ def build_backbone(name: str, *, width: float = 1.0, norm: str = "frozen", froze
         raise ValueError(f"width: want a positive multiplier, got {width}")
     if name == "mobilenet_v2":
         return MobileNetV2(width, norm, frozen_stages)
+    if name in SWINS:
+        if norm != "frozen":
+            raise ValueError(f"norm: {name} has no batch norm; want frozen (the default), got {norm!r}")
+        return Swin(name, width, frozen_stages)
     if name not in RESNETS:
         near = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.0)[0]
         raise ValueError(f"backbone: want one of {', '.join(BACKBONES)}, got {name!r}; the nearest is {near!r}")
@@ -43,4 +48,4 @@ def build_backbone(name: str, *, width: float = 1.0, norm: str = "frozen", froze
     return ResNet(block, depths, width, norm, frozen_stages)
 
 
-__all__ = ["BACKBONES", "Backbone", "MobileNetV2", "ResNet", "build_backbone"]
+__all__ = ["BACKBONES", "Backbone", "MobileNetV2", "ResNet", "Swin", "build_backbone"]

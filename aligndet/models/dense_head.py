@@ -14,9 +14,7 @@ def tower(channels: int, convolutions: int, *, norm: bool = True, bias: bool | N
     """
     layers: list[nn.Module] = []
     for _ in range(convolutions):
-        layer = convolution(channels, channels, 3)
-        if not (not norm if bias is None else bias):
-            layer.bias = None
+        layer = convolution(channels, channels, 3, bias=not norm if bias is None else bias)
         layers += [layer, *([nn.GroupNorm(32, channels)] if norm else []), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
 
@@ -30,12 +28,12 @@ class Head(nn.Module):
         self.box = tower(channels, convolutions, norm=norm, bias=bias)
 
 
-def convolution(inputs: int, outputs: int, size: int) -> nn.Conv2d:
+def convolution(inputs: int, outputs: int, size: int, *, bias: bool = True) -> nn.Conv2d:
     """A convolution of odd ``size`` that keeps height and width; N(0, 0.01), bias 0."""
-    layer = nn.Conv2d(inputs, outputs, size, padding=size // 2)
+    layer = nn.Conv2d(inputs, outputs, size, padding=size // 2, bias=bias)
     nn.init.normal_(layer.weight, std=0.01)
-    assert layer.bias is not None
-    nn.init.zeros_(layer.bias)
+    if layer.bias is not None:
+        nn.init.zeros_(layer.bias)
     return layer
 
 

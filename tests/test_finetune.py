@@ -13,9 +13,28 @@ from aligndet.data.synthetic import make_scenes
 from aligndet.engine.evaluate import coco_metrics
 from aligndet.finetune import FineTune
 from aligndet.models import build_detector
+from aligndet.protocol import Detector
+from aligndet.structures import Batch, Detections
 from tests.scenes import small_detector, views_of
 
 RATES = {"fcos": 2e-3, "retinanet": 2e-3}
+
+
+def overfitted(detector: Detector, batch: Batch, rate: float, steps: int) -> list[Detections]:
+    """What a detector finds on the batch that it was trained on for ``steps``."""
+    model = FineTune(detector).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    optimizer = torch.optim.AdamW(model.parameters(), rate, weight_decay=1e-4)
+    for step in range(steps):
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1, (step + 1) / 20, 2 * (1 - step / steps))
+        optimizer.zero_grad()
+        torch.stack(list(model(batch).values())).sum().backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
+        optimizer.step()
+    model.eval()
+    with torch.no_grad():
+        candidates = detector.candidates(detector.features(batch.images, batch.sizes), batch.sizes)
+        return detector.detect(candidates, batch.sizes)
 
 
 @pytest.mark.parametrize("name", list(RATES))
@@ -37,20 +56,7 @@ def test_four_images_are_overfitted(name: str, tmp_path: Path) -> None:
         norm="batch",
         frozen_stages=0,
     )
-    model = FineTune(detector).train().to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    optimizer = torch.optim.AdamW(model.parameters(), RATES[name], weight_decay=1e-4)
-    steps = 220
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = RATES[name] * min(1, (step + 1) / 20, 2 * (1 - step / steps))
-        optimizer.zero_grad()
-        torch.stack(list(model(batch).values())).sum().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
-        optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        candidates = detector.candidates(detector.features(batch.images, batch.sizes), batch.sizes)
-        found = detector.detect(candidates, batch.sizes)
+    found = overfitted(detector, batch, RATES[name], 220)
     metrics = coco_metrics(path, dict(zip(batch.image_ids, found, strict=True)))
     assert metrics["AP"] > 0.9, metrics
 
@@ -85,20 +91,7 @@ def test_mask_rcnn_overfits_boxes_and_masks(tmp_path: Path) -> None:
         box_head="2fc",
     )
     detector.sample = PositivesFirst(128, "image", 0.75)
-    model = FineTune(detector).train()
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-3, weight_decay=1e-4)
-    steps = 200
-    for step in range(steps):
-        for group in optimizer.param_groups:
-            group["lr"] = 1e-3 * min(1, (step + 1) / 20, 2 * (1 - step / steps))
-        optimizer.zero_grad()
-        torch.stack(list(model(batch).values())).sum().backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 10)
-        optimizer.step()
-    model.eval()
-    with torch.no_grad():
-        candidates = detector.candidates(detector.features(batch.images, batch.sizes), batch.sizes)
-        found = detector.detect(candidates, batch.sizes)
+    found = overfitted(detector, batch, 1e-3, 200)
     pasted = {number: item.resized((256, 256), (128, 128)) for number, item in zip(batch.image_ids, found, strict=True)}
     assert coco_metrics(path, pasted)["AP"] > 0.9
     assert coco_metrics(path, pasted, "segm")["AP"] > 0.9

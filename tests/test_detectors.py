@@ -63,6 +63,7 @@ def test_parameter_counts_of_the_paper() -> None:
     assert counted(mask_rcnn.neck)[0] == 3_344_384
     assert counted(mask_rcnn.rpn)[0] == 593_935
     layers = mask_rcnn.predictors
+    assert mask_rcnn.mask_head is not None
     assert sum(counted(part)[0] for part in (mask_rcnn.head, layers["score"], layers["box"])) == 15_617_425
     assert counted(mask_rcnn.mask_head)[0] + counted(layers["mask"])[0] == 2_643_280
     assert counted(build_detector("faster_rcnn", norm="affine", neck_norm="sync")) == (42_840_480, 43_065_824)

@@ -240,6 +240,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     fine = finetune_config(scenes, tmp_path / "fine")
     assert "none.json" in failure(capsys, lambda: train(fine, "data.train=none.json"))
     assert "'discc'" in failure(capsys, lambda: train(fine, "data.classes=[discc]"))
+    assert "nearest is 'fcos'" in failure(capsys, lambda: train(fine, "model.detector=fcoss"))
     assert "data.labelled" in failure(capsys, lambda: train(fine, "data.labelled=99"))
     arguments = ["--cfg", str(fine), "--weights", str(config)]
     assert "damaged or refused" in failure(capsys, lambda: cli.evaluate_weights(arguments))

@@ -67,13 +67,14 @@ def evaluate(config: Config, detector: Detector, classes: Sequence[str], world: 
     share = Subset(dataset, range(world.rank, len(dataset), world.size))
     loader = DataLoader(share, batch_size=1, collate_fn=collate, num_workers=data.workers)
     detections = evaluate_detector(detector.to(world.device), loader, world, amp=config.optim.amp)
+    if world.rank == 0:  # first: metrics of masks refuse a file without them, and detections are what took the time
+        folder.mkdir(parents=True, exist_ok=True)
+        save_predictions(folder / "predictions.json", data.val, detections, classes=classes)
     metrics = coco_metrics(data.val, detections, classes=classes, per_class=True)
     if detector.needs_masks:
         metrics["masks"] = coco_metrics(data.val, detections, "segm", classes=classes, per_class=True)
     if world.rank == 0:
-        folder.mkdir(parents=True, exist_ok=True)
         (folder / "metrics.json").write_text(json.dumps(_without_nan(metrics), indent=1))
-        save_predictions(folder / "predictions.json", data.val, detections, classes=classes)
     return metrics
 
 

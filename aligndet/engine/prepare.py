@@ -34,7 +34,7 @@ from aligndet.engine.optim import build_optimizer, parameter_table
 from aligndet.engine.schedules import learning_rate_factor, momentum_at
 from aligndet.finetune import FineTune
 from aligndet.image_domain.simsiam import SimSiam
-from aligndet.models import DETECTORS, build_detector
+from aligndet.models import build_detector, detector_class
 from aligndet.models.backbones import build_backbone
 from aligndet.pretrain import AlignDet
 from aligndet.structures import Batch
@@ -99,7 +99,7 @@ def training_annotations(config: Config) -> tuple[CocoAnnotations, Path, np.ndar
     data = config.data
     if data.train is None:
         raise ValueError("data.train: training needs it, a COCO json")
-    annotations = load_coco(data.train, classes=data.classes, masks=DETECTORS[config.model.detector].needs_masks)
+    annotations = load_coco(data.train, classes=data.classes, masks=detector_class(config.model.detector).needs_masks)
     root = find_images(data.train, data.train_images, annotations.file_names)
     number = len(annotations.file_names)
     if data.labelled is not None and data.labelled > number:

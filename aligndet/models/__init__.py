@@ -43,8 +43,7 @@ def build_detector(
     Raises:
         ValueError: an unknown name or option (with the nearest one) or an impossible number.
     """
-    if name not in DETECTORS:
-        raise ValueError(f"detector: want one of {', '.join(DETECTORS)}, got {name!r}; {_nearest(name, DETECTORS)}")
+    kind = detector_class(name)
     if num_classes < 1:
         raise ValueError(f"num_classes: want at least 1, got {num_classes}")
     known = options_of(name)
@@ -52,12 +51,23 @@ def build_detector(
         if option not in known:
             raise ValueError(f"{option}: no option of {name}, which has {', '.join(known)}; {_nearest(option, known)}")
     body = build_backbone(backbone, width=width, norm=norm, frozen_stages=frozen_stages)
-    return DETECTORS[name](body, num_classes, **options)
+    return kind(body, num_classes, **options)
+
+
+def detector_class(name: str) -> type[FCOS | RetinaNet | FasterRCNN | MaskRCNN]:
+    """The class of a detector by name.
+
+    Raises:
+        ValueError: an unknown name (with the nearest one).
+    """
+    if name not in DETECTORS:
+        raise ValueError(f"detector: want one of {', '.join(DETECTORS)}, got {name!r}; {_nearest(name, DETECTORS)}")
+    return DETECTORS[name]
 
 
 def options_of(name: str) -> tuple[str, ...]:
     """The keyword arguments of a detector's class."""
-    parameters = inspect.signature(DETECTORS[name].__init__).parameters.values()
+    parameters = inspect.signature(detector_class(name).__init__).parameters.values()
     return tuple(item.name for item in parameters if item.kind is inspect.Parameter.KEYWORD_ONLY)
 
 
@@ -65,4 +75,14 @@ def _nearest(name: str, known: Any) -> str:
     return f"the nearest is {difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]!r}"
 
 
-__all__ = ["DETECTORS", "FCOS", "FasterRCNN", "MaskRCNN", "RetinaNet", "build_backbone", "build_detector", "options_of"]
+__all__ = [
+    "DETECTORS",
+    "FCOS",
+    "FasterRCNN",
+    "MaskRCNN",
+    "RetinaNet",
+    "build_backbone",
+    "build_detector",
+    "detector_class",
+    "options_of",
+]

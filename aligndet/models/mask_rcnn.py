@@ -6,12 +6,10 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from aligndet.models.backbones import Backbone
-from aligndet.models.priors import AnchorShapes
-from aligndet.models.roi_head import MaskHead, kaiming, own_class
-from aligndet.models.two_stage import ADAPTIVE, Pooling, RegionCandidates, TwoStage
+from aligndet.models.roi_head import own_class
+from aligndet.models.two_stage import RegionCandidates, TwoStage
 from aligndet.ops.masks import crop
 from aligndet.ops.reduce import mean_over_ranks
 from aligndet.structures import Candidates, Detections, Targets
@@ -20,7 +18,7 @@ POOLED = 14  # cells per side of the mask head's input; its output has twice as 
 
 
 class MaskRCNN(TwoStage):
-    """The arguments are those of ``TwoStage``; ``head_norm`` holds for the mask head too.
+    """A ``TwoStage`` with a mask head.
 
     Without ``Targets.masks`` (pre-training) the mask head has a loss of 0, with a graph, and learns nothing.
 
@@ -30,44 +28,12 @@ class MaskRCNN(TwoStage):
 
     needs_masks = True
 
-    def __init__(
-        self,
-        backbone: Backbone,
-        num_classes: int,
-        *,
-        channels: int = 256,
-        box_head: str = "4conv1fc",
-        score_threshold: float = 0.05,
-        neck_norm: str | None = None,
-        head_norm: str | None = None,
-        rpn_depth: int = 1,
-        anchors: AnchorShapes | None = None,
-        pooling: Pooling = ADAPTIVE,
-        low_quality: bool = True,
-    ) -> None:
-        super().__init__(
-            backbone,
-            num_classes,
-            channels=channels,
-            box_head=box_head,
-            score_threshold=score_threshold,
-            neck_norm=neck_norm,
-            head_norm=head_norm,
-            rpn_depth=rpn_depth,
-            anchors=anchors,
-            pooling=pooling,
-            low_quality=low_quality,
-        )
-        self.mask_head = MaskHead(channels, head_norm)
-        layer = nn.Conv2d(channels, num_classes, 1)
-        kaiming(layer)
-        self.predictors["mask"] = layer
-
     def localization_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
         """Those of Faster R-CNN, and the cross-entropy of the class's mask, mean over the cells of positive regions."""
         losses = super().localization_loss(candidates, targets)
         assert isinstance(candidates, RegionCandidates) and candidates.matched is not None
         if targets.masks is None:
+            assert self.mask_head is not None
             layers = [*self.mask_head.parameters(), *self.predictors["mask"].parameters()]
             return losses | {"mask": 0.0 * torch.stack([layer.sum() for layer in layers]).sum()}
         positive = (candidates.matched >= 0).nonzero().squeeze(1)
@@ -93,6 +59,7 @@ class MaskRCNN(TwoStage):
 
     def _masks(self, levels: list[Tensor], boxes: Tensor, image: Tensor) -> Tensor:
         """Logits [n, K, 2 POOLED, 2 POOLED]."""
+        assert self.mask_head is not None
         pooled = self.pool(levels, boxes, image, POOLED)
         logits: Tensor = self.predictors["mask"](self.mask_head(pooled))
         return logits

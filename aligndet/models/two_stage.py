@@ -14,7 +14,7 @@ from aligndet.assigners.sampling import PositivesFirst
 from aligndet.models.backbones import Backbone
 from aligndet.models.fpn import FPN
 from aligndet.models.priors import AnchorShapes
-from aligndet.models.roi_head import BoxHead, linear, own_class
+from aligndet.models.roi_head import BoxHead, MaskHead, kaiming, linear, own_class
 from aligndet.models.rpn import RPN, Objectness
 from aligndet.ops.boxes import clip
 from aligndet.ops.coders import DeltaCoder
@@ -73,7 +73,7 @@ class TwoStage(Detector):
         channels: C of neck and RPN.
         box_head: key of BOX_HEADS.
         score_threshold: class probability below which nothing is detected.
-        neck_norm, head_norm: None or key of NORMS.
+        neck_norm, head_norm: None or key of NORMS; ``head_norm`` of the box head and of the mask head.
         rpn_depth: 3 x 3 convolutions of the RPN.
         anchors: shapes per level; None: one size, 8 strides, in three ratios.
         pooling: of RoIAlign.
@@ -112,6 +112,11 @@ class TwoStage(Detector):
         box = linear(self.head.width, 4 * num_classes, 0.001)
         # One output more than classes, the last: background.
         self.predictors = nn.ModuleDict({"score": self.score_layer(num_classes + 1), "box": box})
+        self.mask_head = MaskHead(channels, head_norm) if self.needs_masks else None
+        if self.needs_masks:
+            mask = nn.Conv2d(channels, num_classes, 1)
+            kaiming(mask)
+            self.predictors["mask"] = mask
 
     def score_layer(self, width: int, hidden: bool = False) -> nn.Module:
         """A linear layer; hidden: two (method section 2.4)."""

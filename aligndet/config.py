@@ -49,7 +49,12 @@ class ModelConfig:
     centre_radius: float | None = knob(None, above=0, tasks=BOXES)  # fcos: centre sampling, in strides (off)
     box_head: str | None = knob(None, choices=("4conv1fc", "2fc"), tasks=BOXES)  # two-stage detectors (4conv1fc)
     neck_norm: str | None = knob(None, choices=("batch", "sync"), tasks=BOXES)  # after convolutions of the neck (none)
-    score_threshold: float = knob(0.05, least=0, tasks=(FINETUNE,))  # detections below are dropped
+    queries: int | None = knob(None, above=0, tasks=BOXES)  # detr: most objects found in an image (100)
+    encoder_layers: int | None = knob(None, least=0, tasks=BOXES)  # detr (6)
+    decoder_layers: int | None = knob(None, above=0, tasks=BOXES)  # detr (6)
+    feedforward: int | None = knob(None, above=0, tasks=BOXES)  # detr: hidden width of the transformer's layers (2048)
+    dropout: float | None = knob(None, least=0, tasks=BOXES)  # detr (0.1)
+    score_threshold: float | None = knob(None, least=0, tasks=(FINETUNE,))  # less is dropped (0.05; detr 0)
 
 
 @dataclass(frozen=True)

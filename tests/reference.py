@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import Tensor, nn
 
+from aligndet.models.transformer import Transformer
 from aligndet.structures import BACKGROUND, IGNORED
 
 
@@ -109,3 +112,100 @@ def encode(prior: list[float], box: list[float], stds: tuple[float, ...]) -> lis
     x, y = (box[0] + box[2] - prior[0] - prior[2]) / 2, (box[1] + box[3] - prior[1] - prior[3]) / 2
     offsets = (x / width, y / height, math.log((box[2] - box[0]) / width), math.log((box[3] - box[1]) / height))
     return [offset / std for offset, std in zip(offsets, stds, strict=True)]
+
+
+def generalized_iou(a: list[float], b: list[float]) -> float:
+    """Overlap over union less the uncovered share of the enclosing box; boxes with area."""
+    area = [(box[2] - box[0]) * (box[3] - box[1]) for box in (a, b)]
+    width, height = min(a[2], b[2]) - max(a[0], b[0]), min(a[3], b[3]) - max(a[1], b[1])
+    union = sum(area) - max(0.0, width) * max(0.0, height)
+    hull = (max(a[2], b[2]) - min(a[0], b[0])) * (max(a[3], b[3]) - min(a[1], b[1]))
+    return iou(a, b) - (hull - union) / hull
+
+
+def hungarian_costs(
+    queries: list[list[float]],
+    probabilities: list[list[float]] | None,
+    boxes: list[list[float]],
+    labels: list[int],
+    size: tuple[int, int],
+) -> list[list[float]]:
+    """For each box of one image and each query (centre x, centre y, width, height in shares): the cost of the pair."""
+    height, width = size
+    table = []
+    for (x0, y0, x1, y1), label in zip(boxes, labels, strict=True):
+        shares = ((x0 + x1) / 2 / width, (y0 + y1) / 2 / height, (x1 - x0) / width, (y1 - y0) / height)
+        row = []
+        for number, (x, y, w, h) in enumerate(queries):
+            corners = [(x - w / 2) * width, (y - h / 2) * height, (x + w / 2) * width, (y + h / 2) * height]
+            cost = 5 * sum(abs(a - b) for a, b in zip((x, y, w, h), shares, strict=True))
+            cost -= 2 * generalized_iou(corners, [x0, y0, x1, y1])
+            row.append(cost - (probabilities[number][label] if probabilities else 0.0))
+        table.append(row)
+    return table
+
+
+def cheapest(table: list[list[float]]) -> float:
+    """The smallest total cost of giving every row a column of its own (or every column a row), by trying all."""
+    if len(table) > len(table[0]):
+        table = [list(column) for column in zip(*table, strict=True)]
+    orders = itertools.permutations(range(len(table[0])), len(table))
+    return min(sum(row[column] for row, column in zip(table, order, strict=True)) for order in orders)
+
+
+def attention(module: nn.MultiheadAttention, query: Tensor, key: Tensor, value: Tensor, hidden: list[bool]) -> Tensor:
+    """Multi-head attention of one image, one query and one head at a time: [Q, C], [P, C], [P, C] -> [Q, C]."""
+    channels = query.shape[1]
+    each = channels // module.num_heads
+    weights, biases = module.in_proj_weight.split(channels), module.in_proj_bias.split(channels)
+    q, k, v = (x @ w.T + b for x, w, b in zip((query, key, value), weights, biases, strict=True))
+    seen = [number for number, away in enumerate(hidden) if not away]
+    rows = []
+    for row in q:
+        heads = []
+        for head in range(module.num_heads):
+            part = slice(head * each, (head + 1) * each)
+            scores = torch.stack([row[part] @ k[number, part] / math.sqrt(each) for number in seen])
+            shares = scores.exp() / scores.exp().sum()
+            heads.append(
+                sum((share * v[number, part] for share, number in zip(shares, seen, strict=True)), q.new_zeros(each))
+            )
+        rows.append(torch.cat(heads))
+    return torch.stack(rows) @ module.out_proj.weight.T + module.out_proj.bias
+
+
+def detr(head: Transformer, cells: Tensor, rows: int, columns: int) -> Tensor:
+    """DETR's transformer on one image [C, H, W] of which ``rows`` and ``columns`` show the image: [L, Q, C]."""
+    channels, height, width = cells.shape
+    half = channels // 2
+    positions, hidden, values = [], [], []
+    for y in range(height):
+        for x in range(width):
+            position = []
+            for number, last in ((min(y + 1, rows), rows), (min(x + 1, columns), columns)):
+                angle = number / (last + 1e-6) * 2 * math.pi
+                for wave in range(half):
+                    turned = angle / 10000 ** (2 * (wave // 2) / half)
+                    position.append(math.cos(turned) if wave % 2 else math.sin(turned))
+            positions.append(position)
+            hidden.append(y >= rows or x >= columns)
+            values.append(cells[:, y, x])
+    place, memory = torch.tensor(positions), torch.stack(values)
+
+    def feed(layer: nn.Module, x: Tensor) -> Tensor:
+        return layer.outer(F.relu(layer.inner(x)))  # type: ignore[operator, no-any-return]
+
+    for layer in head.encoder:
+        key = memory + place
+        memory = layer.norms[0](memory + attention(layer.attention, key, key, memory, hidden))
+        memory = layer.norms[1](memory + feed(layer.feed_forward, memory))
+    queries = head.queries.weight
+    objects, outputs = torch.zeros_like(queries), []
+    for layer in head.decoder:
+        own = objects + queries
+        objects = layer.norms[0](objects + attention(layer.attention, own, own, objects, [False] * len(own)))
+        seen = attention(layer.cross_attention, objects + queries, memory + place, memory, hidden)
+        objects = layer.norms[1](objects + seen)
+        objects = layer.norms[2](objects + feed(layer.feed_forward, objects))
+        outputs.append(head.norm(objects))
+    return torch.stack(outputs)

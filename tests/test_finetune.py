@@ -95,3 +95,29 @@ def test_mask_rcnn_overfits_boxes_and_masks(tmp_path: Path) -> None:
     pasted = {number: item.resized((256, 256), (128, 128)) for number, item in zip(batch.image_ids, found, strict=True)}
     assert coco_metrics(path, pasted)["AP"] > 0.9
     assert coco_metrics(path, pasted, "segm")["AP"] > 0.9
+
+
+@pytest.mark.slow
+def test_detr_overfits_four_images(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    path = make_scenes(tmp_path, images=4, size=128, seed=7, name="train")
+    annotations = load_coco(path)
+    dataset = LabelledImages(annotations, tmp_path / "images", short_sides=(128,), long_side=128, flip_probability=0.0)
+    batch = collate([dataset[(index, index)] for index in range(len(dataset))])
+    detector = build_detector(
+        "detr",
+        "resnet18",
+        num_classes=len(annotations.class_names),
+        width=0.5,
+        channels=64,
+        queries=20,
+        encoder_layers=2,
+        decoder_layers=3,
+        feedforward=256,
+        dropout=0.0,
+        norm="batch",
+        frozen_stages=0,
+    )
+    found = overfitted(detector, batch, 1e-3, 600)
+    metrics = coco_metrics(path, dict(zip(batch.image_ids, found, strict=True)))
+    assert metrics["AP"] > 0.9, metrics

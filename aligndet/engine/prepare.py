@@ -81,7 +81,10 @@ def prepare(config: Config, world: World) -> Training:
 
 def detector_arguments(model: ModelConfig, num_classes: int) -> dict[str, Any]:
     """The arguments of ``build_detector`` that a config stands for."""
-    options = ("channels", "convolutions", "levels", "centre_radius", "box_head", "neck_norm")
+    options = (
+        *("channels", "convolutions", "levels", "centre_radius", "box_head", "neck_norm", "score_threshold"),
+        *("queries", "encoder_layers", "decoder_layers", "feedforward", "dropout"),
+    )
     chosen = {name: getattr(model, name) for name in options if getattr(model, name) is not None}
     return chosen | {
         "name": model.detector,
@@ -90,7 +93,6 @@ def detector_arguments(model: ModelConfig, num_classes: int) -> dict[str, Any]:
         "width": model.width,
         "norm": model.norm,
         "frozen_stages": model.frozen_stages,
-        "score_threshold": model.score_threshold,
     }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from aligndet.ops.boxes import matched_iou
+from aligndet.ops.boxes import generalized_iou, matched_iou
 
 
 def iou_loss(predicted: Tensor, target: Tensor) -> Tensor:
@@ -24,6 +24,24 @@ def iou_loss(predicted: Tensor, target: Tensor) -> Tensor:
     with torch.autocast(predicted.device.type, enabled=False):
         dtype = torch.promote_types(predicted.dtype, torch.float32)
         return -matched_iou(predicted.to(dtype), target.to(dtype)).clamp(min=1e-6).log()
+
+
+def giou_loss(predicted: Tensor, target: Tensor) -> Tensor:
+    """``1 - GIoU`` of matched boxes.
+
+    Args:
+        predicted: float [N, 4] xyxy, any unit.
+        target: float [N, 4] xyxy, the same unit.
+
+    Returns:
+        float32 [N] in 0 .. 2.
+
+    Source:
+        GIoU (arXiv:1902.09630), section 3.1.
+    """
+    with torch.autocast(predicted.device.type, enabled=False):
+        dtype = torch.promote_types(predicted.dtype, torch.float32)
+        return 1 - generalized_iou(predicted.to(dtype), target.to(dtype))
 
 
 def centerness_of(points: Tensor, boxes: Tensor) -> Tensor:

@@ -7,17 +7,19 @@ import inspect
 from typing import Any
 
 from aligndet.models.backbones import build_backbone
+from aligndet.models.detr import DETR
 from aligndet.models.faster_rcnn import FasterRCNN
 from aligndet.models.fcos import FCOS
 from aligndet.models.mask_rcnn import MaskRCNN
 from aligndet.models.retinanet import RetinaNet
 from aligndet.protocol import Detector
 
-DETECTORS: dict[str, type[FCOS | RetinaNet | FasterRCNN | MaskRCNN]] = {
+DETECTORS: dict[str, type[FCOS | RetinaNet | FasterRCNN | MaskRCNN | DETR]] = {
     "fcos": FCOS,
     "retinanet": RetinaNet,
     "faster_rcnn": FasterRCNN,
     "mask_rcnn": MaskRCNN,
+    "detr": DETR,
 }
 
 
@@ -54,7 +56,7 @@ def build_detector(
     return kind(body, num_classes, **options)
 
 
-def detector_class(name: str) -> type[FCOS | RetinaNet | FasterRCNN | MaskRCNN]:
+def detector_class(name: str) -> type[FCOS | RetinaNet | FasterRCNN | MaskRCNN | DETR]:
     """The class of a detector by name.
 
     Raises:
@@ -77,6 +79,7 @@ def _nearest(name: str, known: Any) -> str:
 
 __all__ = [
     "DETECTORS",
+    "DETR",
     "FCOS",
     "FasterRCNN",
     "MaskRCNN",

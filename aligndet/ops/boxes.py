@@ -43,3 +43,34 @@ def clip(boxes: Tensor, size: Tensor) -> Tensor:
     """Boxes [N, 4] cut at the borders of an image of ``size`` (height, width) px."""
     limits = size.flip(0).repeat(2).to(boxes.dtype)
     return torch.minimum(boxes.clamp(min=0), limits)
+
+
+def generalized_iou(a: Tensor, b: Tensor) -> Tensor:
+    """Intersection over union less the share of the enclosing box that neither covers, for boxes [..., 4].
+
+    The leading dimensions of ``a`` and ``b`` broadcast.
+
+    Returns:
+        [...] in -1 .. 1; the overlap is 0 where the union is empty, the share 0 where the enclosing box is.
+
+    Source:
+        GIoU (arXiv:1902.09630), algorithm 1.
+    """
+    tiny = torch.finfo(a.dtype).tiny
+    sides = (torch.minimum(a[..., 2:], b[..., 2:]) - torch.maximum(a[..., :2], b[..., :2])).clamp(min=0)
+    overlap = sides.prod(dim=-1)
+    union = (a[..., 2:] - a[..., :2]).prod(dim=-1) + (b[..., 2:] - b[..., :2]).prod(dim=-1) - overlap
+    hull = (torch.maximum(a[..., 2:], b[..., 2:]) - torch.minimum(a[..., :2], b[..., :2])).prod(dim=-1)
+    return overlap / union.clamp(min=tiny) - (hull - union) / hull.clamp(min=tiny)
+
+
+def corners_to_centre(boxes: Tensor) -> Tensor:
+    """Boxes [..., 4] as x0, y0, x1, y1 -> centre x, centre y, width, height."""
+    low, high = boxes[..., :2], boxes[..., 2:]
+    return torch.cat([(low + high) / 2, high - low], dim=-1)
+
+
+def centre_to_corners(boxes: Tensor) -> Tensor:
+    """Boxes [..., 4] as centre x, centre y, width, height -> x0, y0, x1, y1."""
+    centre, half = boxes[..., :2], boxes[..., 2:] / 2
+    return torch.cat([centre - half, centre + half], dim=-1)

@@ -9,12 +9,15 @@ import torchvision
 from torch import nn
 
 from aligndet.losses import iou_loss
-from aligndet.models import build_detector
+from aligndet.models import build_detector, folded
 from aligndet.models.backbones import build_backbone
+from aligndet.models.backbones.norm import FrozenBatchNorm
 from aligndet.models.dense_head import at_points, flat
 from aligndet.models.fcos import FCOS, BoxPredictor, FCOSCandidates
 from aligndet.models.fpn import FPN
+from aligndet.models.pointwise import Pointwise, with_pointwise
 from aligndet.models.priors import points_of
+from aligndet.models.retinanet import RetinaNetCandidates
 from aligndet.structures import BACKGROUND
 from tests.scenes import small_detector, views_of
 
@@ -280,3 +283,40 @@ def test_swin_freezes_stage_by_stage_and_drops_paths_in_training_only() -> None:
     assert torch.equal(*kept)
     with pytest.raises(ValueError, match="swin_t has no batch norm"):
         build_backbone("swin_t", norm="batch")
+
+
+@pytest.mark.parametrize("name", ["resnet18", "resnet50", "mobilenet_v2"])
+@pytest.mark.parametrize("norm", ["frozen", "batch"])
+def test_folding_and_fused_norms_change_rounding_only(name: str, norm: str) -> None:
+    torch.manual_seed(0)
+    detector = build_detector("retinanet", name, 5, width=0.5, channels=64, norm=norm, neck_norm="batch").eval()
+    for module in detector.modules():
+        if isinstance(module, (nn.BatchNorm2d, FrozenBatchNorm)):
+            module.running_mean.normal_()  # type: ignore[union-attr]
+            module.running_var.uniform_(0.5, 2)  # type: ignore[union-attr]
+            module.weight.data.uniform_(0.5, 1.5)
+            module.bias.data.normal_()
+    images, sizes = torch.randint(0, 256, (2, 3, 64, 96), dtype=torch.uint8), torch.tensor([[64, 96], [50, 96]])
+    quick = folded(detector)
+    assert not [m for m in quick.modules() if isinstance(m, (nn.BatchNorm2d, FrozenBatchNorm))]
+    with torch.no_grad():
+        expected = detector.candidates(detector.features(images, sizes), sizes)
+        found = quick.candidates(quick.features(images, sizes), sizes)
+    assert isinstance(expected, RetinaNetCandidates) and isinstance(found, RetinaNetCandidates)
+    for one, other in ((expected.scores, found.scores), (expected.deltas, found.deltas)):
+        assert one is not None and other is not None
+        assert (one - other).abs().max() <= 1e-5 * max(1.0, float(one.abs().max()))
+
+
+def test_one_by_one_convolutions_are_what_they_were() -> None:
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Conv2d(6, 10, 1), nn.Sequential(nn.Conv2d(10, 4, 1, stride=2, bias=False)))
+    x = torch.randn(2, 6, 7, 5, requires_grad=True)
+    expected = plain(x)
+    (gradient,) = torch.autograd.grad(expected.square().sum(), x)
+    names = list(plain.state_dict())
+    with_pointwise(plain)
+    assert isinstance(plain[0], Pointwise) and list(plain.state_dict()) == names
+    found = plain(x)
+    assert (found - expected).abs().max() < 1e-6
+    assert (torch.autograd.grad(found.square().sum(), x)[0] - gradient).abs().max() < 1e-5

@@ -22,6 +22,7 @@ from aligndet.engine.loop import Training
 from aligndet.engine.prepare import detector_arguments, training_annotations
 from aligndet.finetune import FineTune
 from aligndet.image_domain.simsiam import SimSiam
+from aligndet.models import folded
 from aligndet.pretrain import AlignDet
 from aligndet.protocol import Detector
 from aligndet.weights import export_detector, export_pretrained
@@ -66,7 +67,7 @@ def evaluate(config: Config, detector: Detector, classes: Sequence[str], world: 
     dataset = EvaluationImages(annotations, root, **sides, on_error=data.on_error)
     share = Subset(dataset, range(world.rank, len(dataset), world.size))
     loader = DataLoader(share, batch_size=1, collate_fn=collate, num_workers=data.workers)
-    detections = evaluate_detector(detector.to(world.device), loader, world, amp=config.optim.amp)
+    detections = evaluate_detector(folded(detector).to(world.device), loader, world, amp=config.optim.amp)
     if world.rank == 0:  # first: metrics of masks refuse a file without them, and detections are what took the time
         folder.mkdir(parents=True, exist_ok=True)
         save_predictions(folder / "predictions.json", data.val, detections, classes=classes)

@@ -12,6 +12,7 @@ import cv2
 
 from aligndet.data.folder import list_images
 from aligndet.data.transforms import read_image
+from aligndet.models import folded
 from aligndet.plots.figures import draw_boxes
 from aligndet.predict import predict
 from aligndet.structures import Detections
@@ -32,6 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Detect, write ``detections.json``: one record per image with file, boxes xyxy px, scores, class names."""
     detector, classes = load_detector(args.weights)
+    detector = folded(detector)
     root = Path(args.images)
     names = [root.name] if root.is_file() else list_images(root)
     root = root.parent if root.is_file() else root

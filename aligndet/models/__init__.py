@@ -10,7 +10,9 @@ from aligndet.models.backbones import build_backbone
 from aligndet.models.detr import DETR
 from aligndet.models.faster_rcnn import FasterRCNN
 from aligndet.models.fcos import FCOS
+from aligndet.models.folding import folded
 from aligndet.models.mask_rcnn import MaskRCNN
+from aligndet.models.pointwise import with_pointwise
 from aligndet.models.retinanet import RetinaNet
 from aligndet.protocol import Detector
 
@@ -53,7 +55,9 @@ def build_detector(
         if option not in known:
             raise ValueError(f"{option}: no option of {name}, which has {', '.join(known)}; {_nearest(option, known)}")
     body = build_backbone(backbone, width=width, norm=norm, frozen_stages=frozen_stages)
-    return kind(body, num_classes, **options)
+    detector = kind(body, num_classes, **options)
+    with_pointwise(detector)
+    return detector
 
 
 def detector_class(name: str) -> type[FCOS | RetinaNet | FasterRCNN | MaskRCNN | DETR]:
@@ -87,5 +91,6 @@ __all__ = [
     "build_backbone",
     "build_detector",
     "detector_class",
+    "folded",
     "options_of",
 ]

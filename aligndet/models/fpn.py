@@ -57,7 +57,8 @@ class FPN(nn.Module):
         merged = [layer(level) for layer, level in zip(self.lateral, features, strict=True)]
         for finer in range(len(merged) - 2, -1, -1):
             size = merged[finer].shape[-2:]
-            merged[finer] = merged[finer] + F.interpolate(merged[finer + 1], size=size, mode="nearest")
+            # In place: nothing else reads the lateral layer's output, and the finest map is large.
+            merged[finer] += F.interpolate(merged[finer + 1], size=size, mode="nearest")
         outputs = [layer(level) for layer, level in zip(self.output, merged, strict=True)]
         for _ in range(self.pools):
             outputs.append(outputs[-1][:, :, ::2, ::2])

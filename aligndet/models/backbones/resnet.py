@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock, Bottleneck
 
+from aligndet.models.backbones.blocks import BasicBlock, Bottleneck, normalised
 from aligndet.models.backbones.norm import NORMS, freeze, rounded
 
 RESNETS: dict[str, tuple[type[BasicBlock] | type[Bottleneck], tuple[int, ...]]] = {
@@ -20,7 +20,7 @@ class ResNet(nn.Module):
     """``[B, 3, H, W] -> [C2, C3, C4, C5]``.
 
     Args:
-        block: torchvision's BasicBlock or Bottleneck.
+        block: BasicBlock or Bottleneck.
         depths: blocks of each of the four stages.
         width: channel multiplier; the stem is rounded to a multiple of 8, everything else follows from it.
         norm: key of NORMS.
@@ -53,7 +53,7 @@ class ResNet(nn.Module):
 
     def forward(self, x: Tensor) -> list[Tensor]:
         """Features at strides 4, 8, 16, 32."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(x))))
+        x = self.maxpool(self.relu(normalised(self.conv1, self.bn1, x)))
         features = []
         for stage in (self.layer1, self.layer2, self.layer3, self.layer4):
             x = stage(x)

@@ -2,7 +2,8 @@
 
 ResNet-50, frozen batch norm, stem and first stage frozen, 80 classes on both sides; random weights. Training: 2 images
 of 320 x 320 with 10 boxes each, forward, backward and SGD. Inference: one image of 640 x 640, uint8 (ours) or float
-(the twin's interface) to boxes, with batch norms folded on our side, as in ``eval.py``. Both sides take turns in one process. Faster and Mask R-CNN have the 2fc head, which is
+(the twin's interface) to boxes, with batch norms folded on our side, as in ``eval.py``.
+Both sides take turns in one process. Faster and Mask R-CNN have the 2fc head, which is
 torchvision's. ``pip install aligndet[bench]`` brings transformers.
 """
 

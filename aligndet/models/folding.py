@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import TypeVar
 
+import torch
 from torch import nn
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
@@ -31,7 +32,7 @@ def folded(module: Module) -> Module:
             if isinstance(convolution, nn.Conv2d) and isinstance(norm, Norm):
                 _fold(convolution, norm)
                 setattr(part, second, nn.Identity())
-    return copied.to(memory_format=torch.channels_last)  # type: ignore[call-overload, no-any-return]
+    return copied.to(memory_format=torch.channels_last)
 
 
 def _pairs(part: nn.Module) -> Iterator[tuple[str, str]]:

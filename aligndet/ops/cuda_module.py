@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from aligndet.ops.nvrtc import NoKernel, cached_code, checked, target_of
+from aligndet.ops.nvrtc import NoKernelError, cached_code, checked, target_of
 
 LOGGER = logging.getLogger("aligndet")
 THREADS = 128  # per block
@@ -44,14 +44,14 @@ class Module:
         device: index.
 
     Raises:
-        NoKernel: it cannot be compiled or loaded here.
+        NoKernelError: it cannot be compiled or loaded here.
     """
 
     def __init__(self, name: str, device: int) -> None:
         try:
             from cuda.bindings import driver
         except ImportError as error:
-            raise NoKernel(f"no cuda.bindings: {error}") from error
+            raise NoKernelError(f"no cuda.bindings: {error}") from error
         self.driver: Any = driver
         self.device = device
         self.target = target_of(torch.cuda.get_device_capability(device))
@@ -59,7 +59,7 @@ class Module:
         self._enter()
         try:
             self.module = checked(driver.cuModuleLoadData(cached_code(name, self.target)))
-        except NoKernel:
+        except NoKernelError:
             # The file in the cache may be damaged; a driver too old for this compiler fails again.
             self.module = checked(driver.cuModuleLoadData(cached_code(name, self.target, fresh=True)))
 
@@ -90,7 +90,7 @@ def module_for(name: str, device: int) -> Module | None:
     """The kernels on a device; None, with one log line, where torch's or torchvision's have to do."""
     try:
         module = Module(name, device)
-    except (NoKernel, RuntimeError, OSError) as error:
+    except (NoKernelError, RuntimeError, OSError) as error:
         say_once(logging.WARNING, f"{name}: torchvision's op, ours cannot be used here ({error})")
         return None
     say_once(logging.INFO, f"{name}: our CUDA kernel for {module.target}")

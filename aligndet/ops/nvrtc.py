@@ -12,7 +12,7 @@ SOURCES = Path(__file__).parent / "csrc"
 OPTIONS = ("--std=c++17", "--extra-device-vectorization")
 
 
-class NoKernel(RuntimeError):
+class NoKernelError(RuntimeError):
     """Our own kernel cannot be had on this machine, and why."""
 
 
@@ -20,7 +20,7 @@ def checked(result: tuple[Any, ...]) -> Any:
     """The value of a call of ``cuda.bindings``, which returns (status, value) or (status,)."""
     status, *values = result
     if int(status) != 0:
-        raise NoKernel(status.name)
+        raise NoKernelError(status.name)
     return values[0] if values else None
 
 
@@ -28,14 +28,14 @@ def nvrtc() -> Any:
     """The compiler's module.
 
     Raises:
-        NoKernel: ``cuda.bindings`` or the library behind it is not installed.
+        NoKernelError: ``cuda.bindings`` or the library behind it is not installed.
     """
     try:
         from cuda.bindings import nvrtc as module
 
         module.nvrtcVersion()
     except (ImportError, RuntimeError, OSError) as error:
-        raise NoKernel(f"no NVRTC: {error}") from error
+        raise NoKernelError(f"no NVRTC: {error}") from error
     return module
 
 
@@ -57,21 +57,21 @@ def target_of(capability: tuple[int, int]) -> str:
     The second is no machine code but PTX, which the driver translates.
 
     Raises:
-        NoKernel: the GPU is older than what NVRTC still knows.
+        NoKernelError: the GPU is older than what NVRTC still knows.
     """
     known, wanted = architectures(), 10 * capability[0] + capability[1]
     if wanted in known:
         return f"sm_{wanted}"
     if wanted > known[-1]:
         return f"compute_{known[-1]}"
-    raise NoKernel(f"NVRTC {'.'.join(map(str, version()))} has no code for compute capability {capability}")
+    raise NoKernelError(f"NVRTC {'.'.join(map(str, version()))} has no code for compute capability {capability}")
 
 
 def compile_source(name: str, target: str) -> bytes:
     """Machine code (``sm_…``) or PTX (``compute_…``) of ``csrc/NAME.cu``; needs no GPU.
 
     Raises:
-        NoKernel: with the compiler's own words.
+        NoKernelError: with the compiler's own words.
     """
     library = nvrtc()
     headers = {path.name: path.read_bytes() for path in sorted(SOURCES.glob("*.h"))}
@@ -84,7 +84,7 @@ def compile_source(name: str, target: str) -> bytes:
         if int(status) != 0:
             log = b" " * checked(library.nvrtcGetProgramLogSize(program))
             checked(library.nvrtcGetProgramLog(program, log))
-            raise NoKernel(f"{status.name}: {log.decode(errors='replace').strip()}")
+            raise NoKernelError(f"{status.name}: {log.decode(errors='replace').strip()}")
         if target.startswith("sm_"):
             code = b" " * checked(library.nvrtcGetCUBINSize(program))
             checked(library.nvrtcGetCUBIN(program, code))
@@ -117,7 +117,7 @@ def cached_code(name: str, target: str, *, fresh: bool = False) -> bytes:
         if not fresh:
             return path.read_bytes()
     except (OSError, RuntimeError) as error:
-        if isinstance(error, NoKernel):
+        if isinstance(error, NoKernelError):
             raise
     code = compile_source(name, target)
     try:

@@ -82,7 +82,7 @@ def fits(levels: list[Tensor], rois: int, grid: Grid) -> bool:
 class RoIAlign(torch.autograd.Function):
     """[N, C, S, S] of boxes from maps [B, C, H_l, W_l], in the maps' type and memory format.
 
-    The kernel works channels-last, where a warp reads neighbouring channels at once; maps laid out otherwise are copied.
+    The kernel works channels-last, where a warp reads neighbouring channels at once; other maps are copied.
     Boxes stay float32 whatever the maps are (bfloat16 has steps of 4 px at 1000), and sums are float32.
 
     The gradient is gathered: bits tell for each square of 4 x 4 px which regions touch it, and each pixel adds up what

@@ -87,6 +87,7 @@ class Detections:
         masks: bool [n, H, W] or None for detectors without masks.
         patches: float [n, S, S], probabilities spread over each box: masks as a detector gives them, before
             ``resized`` pastes them into the image.
+        snapped: whether ``patches`` are pasted into whole pixels.
     """
 
     boxes: Tensor
@@ -94,13 +95,15 @@ class Detections:
     labels: Tensor
     masks: Tensor | None = None
     patches: Tensor | None = None
+    snapped: bool = False
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def to(self, device: torch.device | str) -> Detections:
         """The same detections on ``device``."""
-        return replace(self, **{item.name: _moved(getattr(self, item.name), device, False) for item in fields(self)})
+        values = {item.name: getattr(self, item.name) for item in fields(self)}
+        return replace(self, **{name: _moved(v, device, False) for name, v in values.items() if name != "snapped"})
 
     def resized(self, size: tuple[int, int], original: tuple[int, int]) -> Detections:
         """Boxes carried from an image resized to ``size`` back to its ``original`` size, clipped to it.
@@ -114,12 +117,12 @@ class Detections:
         boxes = torch.minimum((self.boxes * factors).clamp(min=0), limits)
         if self.patches is None:
             return replace(self, boxes=boxes)
-        return replace(self, boxes=boxes, masks=paste(self.patches, boxes, original), patches=None)
+        return replace(self, boxes=boxes, masks=paste(self.patches, boxes, original, self.snapped), patches=None)
 
     def chosen(self, rows: Tensor) -> Detections:
         """Only the given rows: int64 [k] or bool [n]."""
         masks, patches = (None if part is None else part[rows] for part in (self.masks, self.patches))
-        return Detections(self.boxes[rows], self.scores[rows], self.labels[rows], masks, patches)
+        return Detections(self.boxes[rows], self.scores[rows], self.labels[rows], masks, patches, self.snapped)
 
 
 @dataclass(frozen=True)

@@ -209,3 +209,41 @@ def detr(head: Transformer, cells: Tensor, rows: int, columns: int) -> Tensor:
         objects = layer.norms[2](objects + feed(layer.feed_forward, objects))
         outputs.append(head.norm(objects))
     return torch.stack(outputs)
+
+
+def roi_align(
+    features: Tensor, box: list[float], size: int, stride: float, sampling_ratio: int, aligned: bool
+) -> Tensor:
+    """[C, S, S] of one box on one map [C, H, W], sample by sample."""
+    offset = 0.5 if aligned else 0.0
+    x0, y0, x1, y1 = (side / stride - offset for side in box)
+    width, height = x1 - x0, y1 - y0
+    if not aligned:
+        width, height = max(width, 1.0), max(height, 1.0)
+    down = sampling_ratio or math.ceil(height / size)
+    across = sampling_ratio or math.ceil(width / size)
+    pooled = []
+    for row in range(size):
+        for column in range(size):
+            total = features.new_zeros(len(features))
+            for j in range(down):
+                for i in range(across):
+                    y = y0 + (row + (j + 0.5) / down) * height / size
+                    x = x0 + (column + (i + 0.5) / across) * width / size
+                    total = total + _bilinear(features, y, x)
+            pooled.append(total / max(down * across, 1))
+    return torch.stack(pooled, dim=1).view(len(features), size, size)
+
+
+def _bilinear(features: Tensor, y: float, x: float) -> Tensor:
+    _, height, width = features.shape
+    if not (-1 <= y <= height and -1 <= x <= width):
+        return features.new_zeros(len(features))
+    y, x = min(max(y, 0.0), height - 1.0), min(max(x, 0.0), width - 1.0)
+    total = features.new_zeros(len(features))
+    for row in range(height):
+        for column in range(width):
+            weight = max(0.0, 1 - abs(y - row)) * max(0.0, 1 - abs(x - column))
+            if weight:
+                total = total + weight * features[:, row, column]
+    return total

@@ -6,7 +6,10 @@ import difflib
 import inspect
 from typing import Any
 
+from torch import nn
+
 from aligndet.models.backbones import build_backbone
+from aligndet.models.backbones.norm import FrozenBatchNorm
 from aligndet.models.detr import DETR
 from aligndet.models.faster_rcnn import FasterRCNN
 from aligndet.models.fcos import FCOS
@@ -33,6 +36,9 @@ def build_detector(
     width: float = 1.0,
     norm: str = "frozen",
     frozen_stages: int = 1,
+    norm_eps: float | None = None,
+    pixel_mean: tuple[float, float, float] | None = None,
+    pixel_std: tuple[float, float, float] | None = None,
     **options: Any,
 ) -> Detector:
     """A detector by name, with random weights; ``aligndet.weights`` fills it.
@@ -42,6 +48,8 @@ def build_detector(
         backbone: one of ``models.backbones.BACKBONES``.
         num_classes: K.
         width, norm, frozen_stages: of the backbone, see ``build_backbone``.
+        norm_eps: added to the variances of its batch norms, if another than torch's 1e-5.
+        pixel_mean, pixel_std: normalisation of images (see Detector), if another than the usual.
         options: keyword arguments of the detector's class.
 
     Raises:
@@ -56,6 +64,11 @@ def build_detector(
             raise ValueError(f"{option}: no option of {name}, which has {', '.join(known)}; {_nearest(option, known)}")
     body = build_backbone(backbone, width=width, norm=norm, frozen_stages=frozen_stages)
     detector = kind(body, num_classes, **options)
+    for module in body.modules():
+        if norm_eps is not None and isinstance(module, (FrozenBatchNorm, nn.BatchNorm2d, nn.SyncBatchNorm)):
+            module.eps = norm_eps
+    detector.pixel_mean = pixel_mean or detector.pixel_mean
+    detector.pixel_std = pixel_std or detector.pixel_std
     with_pointwise(detector)
     return detector
 

@@ -14,6 +14,7 @@ from aligndet.assigners.center import assign_center
 from aligndet.losses.boxes import centerness_of, iou_loss
 from aligndet.losses.focal import sigmoid_focal_loss
 from aligndet.models.backbones import Backbone
+from aligndet.models.conventions import DENSE, rules_of
 from aligndet.models.dense_head import Head, at_points, best_per_level, convolution, flat
 from aligndet.models.fpn import FPN
 from aligndet.models.priors import Points, points_of
@@ -22,7 +23,7 @@ from aligndet.ops.reduce import mean_over_ranks
 from aligndet.protocol import Detector
 from aligndet.structures import Candidates, Detections, Targets, class_of
 
-FINEST = 8  # px, stride of P3
+STEM, FINEST = 4, 8  # px, strides of the backbone's finest output and of P3
 LONGEST = 16.0  # distances end at its exp, nine million px: at infinity the gradient of the IoU is nan
 FIRST_RANGE = 64.0  # px, P3 regresses distances up to here; each level twice as far
 
@@ -58,6 +59,18 @@ class BoxPredictor(nn.Module):
         return [exponent.clamp(max=LONGEST).exp() for exponent in exponents]
 
 
+class LinearBoxPredictor(nn.Module):
+    """Distances from a point to the four sides: stride of the level * rectified convolution, px (torchvision)."""
+
+    def __init__(self, channels: int, strides: tuple[int, ...]) -> None:
+        super().__init__()
+        self.convolution, self.strides = convolution(channels, 4, 3), strides
+
+    def forward(self, levels: list[Tensor]) -> list[Tensor]:
+        """As ``BoxPredictor``."""
+        return [self.convolution(level).float().relu() * s for level, s in zip(levels, self.strides, strict=True)]
+
+
 class FCOS(Detector):
     """FCOS with centerness on the classification branch, no centre sampling by default.
 
@@ -69,6 +82,7 @@ class FCOS(Detector):
         levels: pyramid levels from stride 8 on, at least 3; the coarsest regresses any distance.
         centre_radius: centre sampling in units of stride, or None.
         score_threshold: class probability below which nothing is detected.
+        conventions: key of ``conventions.DENSE``.
 
     Source:
         Method section 1.2. Weights and initialisation as there; the level scales belong to the box predictor.
@@ -84,6 +98,7 @@ class FCOS(Detector):
         levels: int = 5,
         centre_radius: float | None = None,
         score_threshold: float = 0.05,
+        conventions: str = "aligndet",
     ) -> None:
         super().__init__()
         if channels < 1 or channels % 32:
@@ -93,14 +108,16 @@ class FCOS(Detector):
         if convolutions < 1:
             raise ValueError(f"convolutions: want at least 1, got {convolutions}")
         self.channels, self.centre_radius, self.score_threshold = channels, centre_radius, score_threshold
+        self.conventions, self.rules = conventions, rules_of(DENSE, conventions)
         self.strides = tuple(FINEST * 2**level for level in range(levels))
         self.backbone = backbone
         self.neck = FPN(backbone.channels[1:], channels, levels - 3)
-        self.head = Head(channels, convolutions)
+        self.head = Head(channels, convolutions, bias=self.rules.biased)
         score = self.score_layer(num_classes)
         assert isinstance(score, nn.Conv2d) and score.bias is not None
         nn.init.constant_(score.bias, -math.log(99))  # every class starts at a probability of 1 %
-        box, centerness = BoxPredictor(channels, levels), convolution(channels, 1, 3)
+        box = LinearBoxPredictor(channels, self.strides) if self.rules.linear else BoxPredictor(channels, levels)
+        centerness = convolution(channels, 1, 3)
         self.predictors = nn.ModuleDict({"score": score, "box": box, "centerness": centerness})
 
     def score_layer(self, width: int, hidden: bool = False) -> nn.Module:
@@ -113,7 +130,9 @@ class FCOS(Detector):
     def candidates(self, features: list[Tensor], sizes: Tensor, targets: Targets | None = None) -> FCOSCandidates:
         """See Detector; the rows are points, image by image, level by level, row by row."""
         levels = self.neck(features[1:])
-        points = points_of([tuple(level.shape[-2:]) for level in levels], self.strides, levels[0].device)
+        padded = (int(features[0].shape[2]) * STEM, int(features[0].shape[3]) * STEM)
+        shapes = [(level.shape[2], level.shape[3]) for level in levels]
+        points = points_of(shapes, self.strides, levels[0].device, grid=self.rules.grid, padded=padded)
         images, number = len(levels[0]), len(points.level)
         image = torch.arange(images, device=points.level.device).repeat_interleave(number)
         matched = None if targets is None else self._assign(points, targets, images)
@@ -159,7 +178,10 @@ class FCOS(Detector):
 
     @torch.no_grad()
     def detect(self, candidates: Candidates, sizes: Tensor) -> list[Detections]:
-        """Score above the threshold, best 1000 per level, times centerness, class-wise NMS at 0.5, best 100."""
+        """Score above the threshold, best 1000 per level, times centerness, class-wise NMS at 0.5, best 100.
+
+        Elsewhere (``conventions``) ranking and threshold see the score with centerness already.
+        """
         assert isinstance(candidates, FCOSCandidates) and candidates.scores is not None
         assert candidates.boxes is not None and candidates.centerness is not None
         images = len(sizes)
@@ -184,13 +206,18 @@ class FCOS(Detector):
     def _localize(
         self, levels: list[Tensor], classes: list[Tensor], centres: Tensor, rows: Tensor | None
     ) -> tuple[Tensor, Tensor]:
-        distances = flat(self.predictors["box"]([self.head.box(level) for level in levels]), rows)  # [N, 4]
+        towers = [self.head.box(level) for level in levels]
+        distances = flat(self.predictors["box"](towers), rows)  # [N, 4]
         boxes = torch.cat([centres - distances[:, :2], centres + distances[:, 2:]], dim=1)
-        centerness = flat([self.predictors["centerness"](level) for level in classes], rows).squeeze(1)
+        centerness = flat(
+            [self.predictors["centerness"](level) for level in (towers if self.rules.beside_box else classes)], rows
+        ).squeeze(1)
         return boxes, centerness
 
     def _detect(self, scores: Tensor, centerness: Tensor, boxes: Tensor, counts: tuple[int, ...]) -> Detections:
+        if self.rules.beside_box:
+            scores = (scores * centerness[:, None]).sqrt()
         point, label, score = best_per_level(scores, counts, self.score_threshold, 1000)
-        score = score * centerness[point]
-        chosen = batched_nms(boxes[point], score, label, 0.5)[:100]
+        score = score if self.rules.beside_box else score * centerness[point]
+        chosen = batched_nms(boxes[point], score, label, self.rules.overlap)[:100]
         return Detections(boxes[point][chosen], score[chosen], label[chosen])

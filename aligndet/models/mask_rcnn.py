@@ -55,7 +55,10 @@ class MaskRCNN(TwoStage):
             torch.arange(len(found), device=boxes.device), torch.tensor(counts, device=boxes.device)
         )
         patches = own_class(self._masks(candidates.levels, boxes, image), labels).float().sigmoid()
-        return [replace(item, patches=part) for item, part in zip(found, patches.split(counts), strict=True)]
+        return [
+            replace(item, patches=part, snapped=self.rules.snapped)
+            for item, part in zip(found, patches.split(counts), strict=True)
+        ]
 
     def _masks(self, levels: list[Tensor], boxes: Tensor, image: Tensor) -> Tensor:
         """Logits [n, K, 2 POOLED, 2 POOLED]."""

@@ -13,9 +13,10 @@ from torchvision.ops import batched_nms
 from aligndet.assigners.iou import IoUAssigner
 from aligndet.losses.focal import sigmoid_focal_loss
 from aligndet.models.backbones import Backbone
+from aligndet.models.conventions import ANCHORS, rules_of
 from aligndet.models.dense_head import Head, best_per_level, convolution, flat, per_anchor
 from aligndet.models.fpn import FPN
-from aligndet.models.priors import Anchors, AnchorShapes, octaves, on_image
+from aligndet.models.priors import Anchors, on_image
 from aligndet.ops.boxes import clip
 from aligndet.ops.coders import DeltaCoder
 from aligndet.ops.reduce import mean_over_ranks
@@ -53,9 +54,7 @@ class RetinaNet(Detector):
         levels: pyramid levels from stride 8 on, at least 3.
         score_threshold: class probability below which nothing is detected.
         neck_norm: None or key of NORMS.
-        head_norm: group norm in the towers (torchvision's v2).
-        extra: what P6 is made of, one of EXTRAS, and whether a ReLU stands between P6 and P7.
-        anchors: shapes per level; None: the nine of the paper.
+        conventions: key of ``conventions.ANCHORS``.
 
     Source:
         Method section 1.3.
@@ -71,23 +70,26 @@ class RetinaNet(Detector):
         levels: int = 5,
         score_threshold: float = 0.05,
         neck_norm: str | None = None,
-        head_norm: bool = False,
-        extra: tuple[str, bool] = ("input", False),
-        anchors: AnchorShapes | None = None,
+        conventions: str = "aligndet",
     ) -> None:
         super().__init__()
         if levels < 3:
             raise ValueError(f"levels: want at least the 3 of the backbone's strides 8, 16, 32, got {levels}")
-        if channels < 1 or (head_norm and channels % 32):
+        self.conventions, rules = conventions, rules_of(ANCHORS, conventions)
+        if channels < 1 or (rules.norm and channels % 32):
             raise ValueError(f"channels: want a positive number (a multiple of 32 with group norm), got {channels}")
+        if rules.sizes is not None and levels > len(rules.sizes):
+            raise ValueError(f"levels: {conventions} has anchors for {len(rules.sizes)}, got {levels}")
         self.strides = tuple(FINEST * 2**level for level in range(levels))
-        self.shapes = anchors or AnchorShapes(octaves(self.strides))
-        self.coder = DeltaCoder()
+        self.shapes = rules.shapes(self.strides)
+        self.coder = DeltaCoder(shrink=rules.shrink)
         self.assigner = IoUAssigner(0.5, 0.4)
         self.channels, self.score_threshold = channels, score_threshold
         self.backbone = backbone
-        self.neck = FPN(backbone.channels[1:], channels, levels - 3, source=extra[0], relu=extra[1], norm=neck_norm)
-        self.head = Head(channels, convolutions, norm=head_norm)
+        self.neck = FPN(
+            backbone.channels[1:], channels, levels - 3, source=rules.extra, relu=rules.relu, norm=neck_norm
+        )
+        self.head = Head(channels, convolutions, norm=rules.norm)
         score = self.score_layer(num_classes)
         assert isinstance(score, nn.Conv2d) and score.bias is not None
         nn.init.constant_(score.bias, -math.log(99))  # every class starts at a probability of 1 %

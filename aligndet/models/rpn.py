@@ -52,6 +52,8 @@ class RPN(nn.Module):
         shapes: the anchors.
         depth: 3 x 3 convolutions before the predictions.
         train, test: how many proposals come out.
+        shrink: of the coder.
+        least: px, proposals with a shorter side are dropped; 0: those without area.
 
     Source:
         Method section 1.4: anchors .7 / .3 / .3 with low-quality matches, 256 per image, half of them positive.
@@ -65,12 +67,14 @@ class RPN(nn.Module):
         depth: int = 1,
         train: ProposalLimits = ProposalLimits(2000, 1000),
         test: ProposalLimits = ProposalLimits(1000, 1000),
+        shrink: bool = True,
+        least: float = 0.0,
     ) -> None:
         super().__init__()
-        self.shapes, self.train_limits, self.test_limits = shapes, train, test
+        self.shapes, self.train_limits, self.test_limits, self.least = shapes, train, test, least
         self.assigner = IoUAssigner(0.7, 0.3, 0.3)
         self.sample: Sampler = PositivesFirst(256, "image", 0.5)
-        self.coder = DeltaCoder()
+        self.coder = DeltaCoder(shrink=shrink)
         layers: list[nn.Module] = []
         for _ in range(depth):
             layers += [convolution(channels, channels, 3), nn.ReLU(inplace=True)]
@@ -139,8 +143,8 @@ class RPN(nn.Module):
         box = F.l1_loss(objectness.deltas[positive].float(), offsets, reduction="sum")
         return {"rpn_score": cost / total.clamp(min=1), "rpn_box": box / total.clamp(min=1)}
 
-    @staticmethod
-    def _suppressed(boxes: Tensor, scores: Tensor, level: Tensor, most: int) -> Tensor:
-        full = ((boxes[:, 2] > boxes[:, 0]) & (boxes[:, 3] > boxes[:, 1])).nonzero().squeeze(1)
+    def _suppressed(self, boxes: Tensor, scores: Tensor, level: Tensor, most: int) -> Tensor:
+        side = (boxes[:, 2:] - boxes[:, :2]).amin(dim=1)
+        full = ((side > 0) & (side >= self.least)).nonzero().squeeze(1)
         boxes = boxes[full]
         return boxes[batched_nms(boxes, scores[full], level[full], 0.7)[:most]]

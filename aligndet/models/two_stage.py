@@ -12,6 +12,7 @@ from torchvision.ops import batched_nms
 from aligndet.assigners.iou import IoUAssigner
 from aligndet.assigners.sampling import PositivesFirst
 from aligndet.models.backbones import Backbone
+from aligndet.models.conventions import REGIONS, rules_of
 from aligndet.models.fpn import FPN
 from aligndet.models.priors import AnchorShapes
 from aligndet.models.roi_head import BoxHead, MaskHead, kaiming, linear, own_class
@@ -26,22 +27,6 @@ from aligndet.structures import BACKGROUND, Candidates, Detections, Targets, cla
 STRIDES = (4, 8, 16, 32, 64)  # px, of P2 .. P6
 POOLED = 7  # cells per side of the box head's input
 STDS = (0.1, 0.1, 0.2, 0.2)
-
-
-@dataclass(frozen=True)
-class Pooling:
-    """How features of regions are taken.
-
-    Attributes:
-        sampling_ratio: samples per cell and axis; 0 adapts to the box.
-        aligned: pixel centres at half-integers.
-    """
-
-    sampling_ratio: int = 0
-    aligned: bool = True
-
-
-ADAPTIVE = Pooling()
 
 
 @dataclass(frozen=True)
@@ -75,9 +60,7 @@ class TwoStage(Detector):
         score_threshold: class probability below which nothing is detected.
         neck_norm, head_norm: None or key of NORMS; ``head_norm`` of the box head and of the mask head.
         rpn_depth: 3 x 3 convolutions of the RPN.
-        anchors: shapes per level; None: one size, 8 strides, in three ratios.
-        pooling: of RoIAlign.
-        low_quality: whether each box takes the regions nearest to it in the second stage.
+        conventions: key of ``conventions.REGIONS``.
 
     Source:
         Method section 1.4.
@@ -94,27 +77,29 @@ class TwoStage(Detector):
         neck_norm: str | None = None,
         head_norm: str | None = None,
         rpn_depth: int = 1,
-        anchors: AnchorShapes | None = None,
-        pooling: Pooling = ADAPTIVE,
-        low_quality: bool = True,
+        conventions: str = "aligndet",
     ) -> None:
         super().__init__()
         if channels < 1:
             raise ValueError(f"channels: want a positive number, got {channels}")
-        self.channels, self.score_threshold, self.pooling = channels, score_threshold, pooling
-        self.assigner = IoUAssigner(0.5, 0.5, 0.5, low_quality)
+        self.channels, self.score_threshold = channels, score_threshold
+        self.conventions, self.rules = conventions, rules_of(REGIONS, conventions)
+        shrink, least = self.rules.shrink, self.rules.least or (0.0, 0.0)
+        self.assigner = IoUAssigner(0.5, 0.5, 0.5, self.rules.low_quality)
         self.sample_regions: Sampler = PositivesFirst(512, "image", 0.75)
-        self.coder = DeltaCoder(STDS)
+        self.coder = DeltaCoder(STDS, shrink)
         self.backbone = backbone
         self.neck = FPN(backbone.channels, channels, 1, source="pool", norm=neck_norm)
-        self.rpn = RPN(channels, anchors or AnchorShapes(tuple((8.0 * s,) for s in STRIDES)), depth=rpn_depth)
+        shapes = AnchorShapes(tuple((8.0 * s,) for s in STRIDES), grid=self.rules.grid, whole=self.rules.whole)
+        self.rpn = RPN(channels, shapes, depth=rpn_depth, shrink=shrink, least=least[0])
         self.head = BoxHead(channels, POOLED, box_head, norm=head_norm)
-        box = linear(self.head.width, 4 * num_classes, 0.001)
+        entries = num_classes + int(self.rules.spare)
+        box = linear(self.head.width, 4 * entries, 0.001)
         # One output more than classes, the last: background.
         self.predictors = nn.ModuleDict({"score": self.score_layer(num_classes + 1), "box": box})
         self.mask_head = MaskHead(channels, head_norm) if self.needs_masks else None
         if self.needs_masks:
-            mask = nn.Conv2d(channels, num_classes, 1)
+            mask = nn.Conv2d(channels, entries, 1)
             kaiming(mask)
             self.predictors["mask"] = mask
 
@@ -195,8 +180,8 @@ class TwoStage(Detector):
             image,
             size,
             strides=STRIDES[:4],
-            sampling_ratio=self.pooling.sampling_ratio,
-            aligned=self.pooling.aligned,
+            sampling_ratio=self.rules.sampling_ratio,
+            aligned=self.rules.aligned,
         )
 
     def _read(self) -> tuple[str, ...]:
@@ -218,6 +203,9 @@ class TwoStage(Detector):
         row, label = (scores > self.score_threshold).nonzero(as_tuple=True)
         offsets = own_class(deltas[row], label)
         boxes, score = clip(self.coder.decode(regions[row], offsets), size), scores[row, label]
+        if self.rules.least is not None:
+            kept = ((boxes[:, 2:] - boxes[:, :2]).amin(dim=1) >= self.rules.least[1]).nonzero().squeeze(1)
+            boxes, score, label = boxes[kept], score[kept], label[kept]
         chosen = batched_nms(boxes, score, label, 0.5)[:100]
         return Detections(boxes[chosen], score[chosen], label[chosen])
 

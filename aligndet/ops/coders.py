@@ -18,12 +18,14 @@ class DeltaCoder:
 
     Attributes:
         stds: positive; of x, y, width, height.
+        shrink: decoded boxes are also at least 1 / 62.5 of their priors (torchvision has no such bound).
 
     Source:
         R-CNN (arXiv:1311.2524), appendix C; method section 1.0.
     """
 
     stds: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)
+    shrink: bool = True
 
     def encode(self, priors: Tensor, boxes: Tensor) -> Tensor:
         """The float32 offsets [N, 4] from ``priors`` to ``boxes``, both float [N, 4] xyxy px with sides > 0."""
@@ -38,5 +40,5 @@ class DeltaCoder:
         deltas = deltas.float() * priors.new_tensor(self.stds)
         side = priors[..., 2:] - priors[..., :2]
         centre = priors[..., :2] + 0.5 * side + deltas[..., :2] * side
-        half = 0.5 * deltas[..., 2:].clamp(-LARGEST, LARGEST).exp() * side
+        half = 0.5 * deltas[..., 2:].clamp(-LARGEST if self.shrink else None, LARGEST).exp() * side
         return torch.cat([centre - half, centre + half], dim=-1)

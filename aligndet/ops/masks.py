@@ -8,17 +8,21 @@ from torch import Tensor
 from torchvision.ops import roi_align
 
 
-def paste(patches: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
+def paste(patches: Tensor, boxes: Tensor, size: tuple[int, int], snapped: bool = False) -> Tensor:
     """Masks of an image from probabilities inside boxes: bilinear at the pixel centres, from 0.5 on.
 
     Args:
         patches: float [n, S, S], spread over each box.
         boxes: float [n, 4] xyxy px.
         size: (height, width) px of the image.
+        snapped: spread them over whole pixels as torchvision does: a border of zeros around the patch, the box as much
+            larger, its corners rounded towards zero, the last pixel included.
 
     Returns:
         bool [n, H, W]; False outside the box and for boxes without area.
     """
+    if snapped:
+        patches, boxes = _snapped(patches, boxes)
     masks = torch.zeros(len(patches), *size, dtype=torch.bool, device=patches.device)
     for mask, patch, (x0, y0, x1, y1) in zip(masks, patches.float(), boxes.tolist(), strict=True):
         left, top = max(int(x0), 0), max(int(y0), 0)
@@ -30,6 +34,13 @@ def paste(patches: Tensor, boxes: Tensor, size: tuple[int, int]) -> Tensor:
         grid = torch.stack(torch.meshgrid(y, x, indexing="ij")[::-1], dim=2)
         mask[top:bottom, left:right] = F.grid_sample(patch[None, None], grid[None], align_corners=False)[0, 0] >= 0.5
     return masks
+
+
+def _snapped(patches: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
+    factor = (patches.shape[-1] + 2) / patches.shape[-1]
+    centre, half = (boxes[:, :2] + boxes[:, 2:]) / 2, (boxes[:, 2:] - boxes[:, :2]) / 2 * factor
+    corners = torch.cat([centre - half, centre + half], dim=1).trunc()
+    return F.pad(patches, (1, 1, 1, 1)), corners + corners.new_tensor([0, 0, 1, 1])
 
 
 def crop(masks: Tensor, rows: Tensor, boxes: Tensor, size: int) -> Tensor:

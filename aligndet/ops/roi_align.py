@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import logging
+
 import torch
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
+
+from aligndet.ops.cuda_module import module_for, say_once
+from aligndet.ops.roi_align_cuda import Grid, Kernels, RoIAlign, fits
 
 
 def level_of(boxes: Tensor, levels: int, *, canonical: float = 56.0) -> Tensor:
@@ -37,6 +42,9 @@ def multilevel_roi_align(
 ) -> Tensor:
     """``size`` x ``size`` features of each box from the level of its size.
 
+    On a GPU by our own kernel, the gradient of which is the same in every run; by torchvision's op on the processor and
+    where ours cannot be compiled. A log line says once which of them it is.
+
     Args:
         levels: L maps [B, C, H_l, W_l].
         boxes: float [N, 4] xyxy px of the batch tensor; no gradient flows to them.
@@ -47,19 +55,46 @@ def multilevel_roi_align(
         aligned: pixel centres at half-integers; False shifts boxes by half a cell, as the first publication did.
 
     Returns:
-        [N, C, S, S] in the type of the maps; [0, C, S, S] with a graph to every map without boxes.
+        [N, C, S, S] in the type of the maps and in their memory format; [0, C, S, S] with a graph to every map without
+        boxes. Exactly 0 for samples more than one cell beyond a map, and for inverted boxes that adapt their samples.
 
     Source:
         Mask R-CNN (arXiv:1703.06870), section 3.
     """
+    grid = Grid(size, strides, sampling_ratio, aligned)
     level = level_of(boxes, len(levels))
-    rois = torch.cat([image[:, None].to(boxes.dtype), boxes], dim=1)
-    parts, order = [], []
-    for number, (features, stride) in enumerate(zip(levels, strides, strict=True)):
-        rows = (level == number).nonzero().squeeze(1)
-        pooled = torchvision_roi_align(
-            features, rois[rows].to(features.dtype), size, 1 / stride, sampling_ratio or -1, aligned
-        )
-        parts.append(pooled)
-        order.append(rows)
-    return torch.cat(parts)[torch.cat(order).argsort()]
+    kernels = _kernels_for(levels, len(boxes), grid)
+    if kernels is None:
+        return by_torchvision(levels, boxes, image, level, grid)
+    return RoIAlign.apply(kernels, grid, boxes.detach().float().contiguous(), image.contiguous(), level, *levels)
+
+
+def by_torchvision(levels: list[Tensor], boxes: Tensor, image: Tensor, level: Tensor, grid: Grid) -> Tensor:
+    """The same by torchvision's op, one call per level; ``level`` int64 [N]. Waits for a GPU once.
+
+    Maps of 16 bits are pooled as float32: the op would round the boxes to the type of the maps, which moves them by
+    pixels.
+    """
+    kind = torch.promote_types(levels[0].dtype, torch.float32)
+    rois = torch.cat([image[:, None].to(kind), boxes.to(kind)], dim=1)
+    order = level.argsort(stable=True)
+    counts = torch.bincount(level, minlength=len(levels)).tolist()
+    ratio = grid.sampling_ratio or -1
+    parts = [
+        torchvision_roi_align(features.to(kind), part, grid.size, 1 / stride, ratio, grid.aligned)
+        for features, stride, part in zip(levels, grid.strides, rois[order].split(counts), strict=True)
+    ]
+    pooled = torch.cat(parts)[order.argsort()].to(levels[0].dtype)
+    plain = levels[0].is_contiguous() or not levels[0].is_contiguous(memory_format=torch.channels_last)
+    return pooled if plain else pooled.contiguous(memory_format=torch.channels_last)
+
+
+def _kernels_for(levels: list[Tensor], rois: int, grid: Grid) -> Kernels | None:
+    device = levels[0].device
+    if device.type != "cuda":
+        say_once(logging.INFO, "roi_align: torchvision's op on the processor")
+        return None
+    if not fits(levels, rois, grid):
+        say_once(logging.INFO, "roi_align: torchvision's op for maps of other types or sizes than our kernel takes")
+        return None
+    return module_for("roi_align", device.index)

@@ -19,6 +19,7 @@ LAYERS = {
     **dict.fromkeys(("pretrain", "finetune", "image_domain"), 4),
     "weights": 5,
     "predict": 5,
+    "interop": 5,
     "engine": 6,
     **dict.fromkeys(("demo_figures",), 7),
     **dict.fromkeys(("demo",), 8),

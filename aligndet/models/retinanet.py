@@ -75,7 +75,8 @@ class RetinaNet(Detector):
         super().__init__()
         if levels < 3:
             raise ValueError(f"levels: want at least the 3 of the backbone's strides 8, 16, 32, got {levels}")
-        self.conventions, rules = conventions, rules_of(ANCHORS, conventions)
+        self.conventions, self.rules = conventions, rules_of(ANCHORS, conventions)
+        rules = self.rules
         if channels < 1 or (rules.norm and channels % 32):
             raise ValueError(f"channels: want a positive number (a multiple of 32 with group norm), got {channels}")
         if rules.sizes is not None and levels > len(rules.sizes):

@@ -83,6 +83,7 @@ class TwoStage(Detector):
         if channels < 1:
             raise ValueError(f"channels: want a positive number, got {channels}")
         self.channels, self.score_threshold = channels, score_threshold
+        self.box_head, self.neck_norm, self.head_norm = box_head, neck_norm, head_norm
         self.conventions, self.rules = conventions, rules_of(REGIONS, conventions)
         shrink, least = self.rules.shrink, self.rules.least or (0.0, 0.0)
         self.assigner = IoUAssigner(0.5, 0.5, 0.5, self.rules.low_quality)

@@ -1,0 +1,108 @@
+"""Names of tensors here and in another library, both ways, with nothing left over."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from aligndet.protocol import Detector
+
+# (prefix of the names here, prefix of the names there); what follows a prefix is the same on both sides.
+Pair = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Change:
+    """A tensor that is stored otherwise there.
+
+    Attributes:
+        prefix: of its name here.
+        come, go: its values there to those here, and back; exact inverses of each other.
+    """
+
+    prefix: str
+    come: Callable[[Tensor], Tensor]
+    go: Callable[[Tensor], Tensor]
+
+
+def rolled(prefix: str, rows: int) -> Change:
+    """The first ``rows`` rows there (background) are the last here."""
+    return Change(prefix, lambda value: value.roll(-rows, 0), lambda value: value.roll(rows, 0))
+
+
+def reordered(prefix: str, order: Sequence[int], dim: int = 0) -> Change:
+    """Entry ``order[i]`` of ``dim`` there is entry i here."""
+    there = torch.tensor(list(order))
+    here = there.argsort()
+    return Change(prefix, lambda value: value.index_select(dim, there), lambda value: value.index_select(dim, here))
+
+
+@torch.no_grad()
+def fill(
+    detector: Detector, state: Mapping[str, Tensor], pairs: Sequence[Pair], changes: Sequence[Change], source: str
+) -> Detector:
+    """Copy the tensors of ``state`` into ``detector`` and return it, in evaluation mode.
+
+    Raises:
+        ValueError: a tensor of either side has no counterpart, or another shape there; all are listed with shapes.
+    """
+    own = detector.state_dict()
+    foreign, wrong = [], []
+    missing = set(own)
+    for name, value in state.items():
+        here = _renamed(name, [(there, ours) for ours, there in pairs])
+        if here is None or here not in own:
+            foreign.append(f"{name} {list(value.shape)}")
+            continue
+        change = _change_of(here, changes)
+        value = value if change is None else change.come(value)
+        missing.discard(here)
+        if value.shape != own[here].shape:
+            wrong.append(f"{name} {list(value.shape)} for {here} {list(own[here].shape)}")
+            continue
+        own[here].copy_(value)
+    lacking = [f"{name} {list(own[name].shape)}" for name in own if name in missing]
+    parts = [
+        f"{title}: {', '.join(names)}"
+        for title, names in (
+            ("no place for", foreign),
+            ("not in the state dict", lacking),
+            ("shapes differ", wrong),
+        )
+        if names
+    ]
+    if parts:
+        raise ValueError(f"{source}: {'; '.join(parts)}")
+    return detector.eval()
+
+
+def names_there(detector: Detector, pairs: Sequence[Pair], changes: Sequence[Change]) -> dict[str, Tensor]:
+    """The detector's tensors under their names there, as copies.
+
+    Raises:
+        ValueError: a tensor has no name there; all of them are listed with shapes.
+    """
+    found, foreign = {}, []
+    for name, value in detector.state_dict().items():
+        there = _renamed(name, pairs)
+        if there is None:
+            foreign.append(f"{name} {list(value.shape)}")
+            continue
+        change = _change_of(name, changes)
+        found[there] = (value if change is None else change.go(value)).detach().clone()
+    if foreign:
+        raise ValueError(f"no counterpart for {', '.join(foreign)}")
+    return found
+
+
+def _renamed(name: str, pairs: Sequence[Pair]) -> str | None:
+    """By the longest prefix."""
+    best = max((pair for pair in pairs if name.startswith(pair[0])), key=lambda pair: len(pair[0]), default=None)
+    return None if best is None else best[1] + name[len(best[0]) :]
+
+
+def _change_of(name: str, changes: Sequence[Change]) -> Change | None:
+    return next((change for change in changes if name.startswith(change.prefix)), None)

@@ -1,0 +1,177 @@
+"""torchvision's detection models with ResNet-50 and a feature pyramid."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from aligndet.interop.renaming import Change, Pair, fill, names_there, rolled
+from aligndet.models import FCOS, RetinaNet, build_detector
+from aligndet.models.roi_head import BOX_HEADS
+from aligndet.models.two_stage import TwoStage
+from aligndet.protocol import Detector
+
+# Arguments of build_detector for each builder of torchvision.
+V2 = {"box_head": "4conv1fc", "neck_norm": "batch", "head_norm": "batch", "rpn_depth": 2}
+MODELS: dict[str, dict[str, Any]] = {
+    "fcos_resnet50_fpn": {"name": "fcos", "score_threshold": 0.2},
+    "retinanet_resnet50_fpn": {"name": "retinanet"},
+    "retinanet_resnet50_fpn_v2": {"name": "retinanet", "conventions": "torchvision_v2"},
+    "fasterrcnn_resnet50_fpn": {"name": "faster_rcnn", "box_head": "2fc"},
+    "fasterrcnn_resnet50_fpn_v2": {"name": "faster_rcnn", **V2},
+    "maskrcnn_resnet50_fpn": {"name": "mask_rcnn", "box_head": "2fc"},
+    "maskrcnn_resnet50_fpn_v2": {"name": "mask_rcnn", **V2},
+}
+# Names of the first published files, which torchvision still reads, and what they became.
+FORMER = (
+    (r"^(backbone\.fpn\.(?:inner|layer)_blocks\.\d+)\.(weight|bias)$", r"\1.0.\2"),
+    (r"^(rpn\.head\.conv)\.(weight|bias)$", r"\1.0.0.\2"),
+)
+FORMER_TOWER = r"^(head\.(?:classification|regression)_head\.conv)\.(\d+)\.(weight|bias)$"
+FORMER_MASK = r"^(roi_heads\.mask_head)\.mask_fcn(\d+)\.(weight|bias)$"
+
+
+def from_state_dict(name: str, state_dict: Mapping[str, Tensor], norm_eps: float | None = None) -> Detector:
+    """The detector that computes what torchvision's computes with these weights, in evaluation mode.
+
+    Labels of FCOS and RetinaNet are torchvision's; those of Faster and Mask R-CNN are one less, since background, their
+    class 0, is none here. Batch norms of the backbone are trained ones where the weights count batches, else frozen.
+
+    Args:
+        name: one of MODELS, the name of torchvision's builder.
+        state_dict: of such a model with any number of classes, or of a file published under the names of the time.
+        norm_eps: of the backbone's batch norms; None: 0 for files with the former names, as torchvision does for its
+            published weights, else 1e-5.
+
+    Raises:
+        ValueError: an unknown name, or tensors without a counterpart, listed with their shapes.
+    """
+    build = build_arguments(name, state_dict, norm_eps)
+    state, _ = _current(name, state_dict)
+    detector = build_detector(**build)
+    pairs, changes = _names(detector)
+    return fill(detector, state, pairs, changes, f"torchvision {name}")
+
+
+def build_arguments(
+    name: str, state_dict: Mapping[str, Tensor], norm_eps: float | None = None, num_classes: int | None = None
+) -> dict[str, Any]:
+    """The arguments of ``build_detector`` for weights of torchvision; ``num_classes`` is read from them."""
+    if name not in MODELS:
+        raise ValueError(f"torchvision: want one of {', '.join(MODELS)}, got {name!r}")
+    state, former = _current(name, state_dict)
+    dense = MODELS[name]["name"] in ("fcos", "retinanet")
+    key = "head.classification_head.cls_logits.bias" if dense else "roi_heads.box_predictor.cls_score.bias"
+    if key not in state:
+        raise ValueError(f"torchvision {name}: want {key} among the names, got {', '.join(list(state)[:5])}")
+    outputs = len(state[key])
+    classes = outputs // 9 if MODELS[name]["name"] == "retinanet" else outputs if dense else outputs - 1
+    trained = any(item.startswith("backbone.body.") and item.endswith("num_batches_tracked") for item in state)
+    eps = 0.0 if norm_eps is None and former else norm_eps
+    return {
+        "backbone": "resnet50",
+        "num_classes": classes,
+        "norm": "batch" if trained else "frozen",
+        "conventions": "torchvision",
+        **({} if eps is None else {"norm_eps": eps}),
+        **MODELS[name],
+    }
+
+
+def to_state_dict(detector: Detector) -> dict[str, Tensor]:
+    """The detector's tensors under torchvision's names, ready for ``load_state_dict`` of its model.
+
+    Exact in the values; whether the model computes the same depends on ``detector.conventions``, which
+    ``from_state_dict`` and ``build_detector(conventions="torchvision")`` set.
+
+    Raises:
+        ValueError: torchvision has no place for some tensors, listed with their shapes.
+    """
+    pairs, changes = _names(detector)
+    return names_there(detector, pairs, changes)
+
+
+def _names(detector: Detector) -> tuple[list[Pair], list[Change]]:
+    if isinstance(detector, FCOS):
+        return _pyramid(False) + _fcos(), []
+    if isinstance(detector, RetinaNet):
+        step = 3 if detector.rules.norm else 2
+        return _pyramid(False) + _retinanet(step), []
+    if isinstance(detector, TwoStage):
+        changes = [rolled("predictors.score.", 1)]
+        if detector.rules.spare:
+            changes += [rolled("predictors.box.", 4), rolled("predictors.mask.", 1)]
+        return _pyramid(detector.neck_norm is not None) + _two_stage(detector), changes
+    raise ValueError(f"torchvision has no counterpart of {type(detector).__name__}")
+
+
+def _pyramid(normed: bool) -> list[Pair]:
+    """Backbone and neck; without a norm a layer here is the first of a block there."""
+    pairs = [("backbone.", "backbone.body.")]
+    for ours, theirs in (("neck.lateral", "backbone.fpn.inner_blocks"), ("neck.output", "backbone.fpn.layer_blocks")):
+        pairs += [(f"{ours}.{i}.", f"{theirs}.{i}." if normed else f"{theirs}.{i}.0.") for i in range(4)]
+    return [*pairs, *((f"neck.extra.{i}.", f"backbone.fpn.extra_blocks.p{i + 6}.") for i in range(2))]
+
+
+def _fcos() -> list[Pair]:
+    return [
+        ("head.classification.", "head.classification_head.conv."),
+        ("head.box.", "head.regression_head.conv."),
+        ("predictors.score.", "head.classification_head.cls_logits."),
+        ("predictors.box.convolution.", "head.regression_head.bbox_reg."),
+        ("predictors.centerness.", "head.regression_head.bbox_ctrness."),
+    ]
+
+
+def _retinanet(step: int) -> list[Pair]:
+    pairs = [
+        ("predictors.score.", "head.classification_head.cls_logits."),
+        ("predictors.box.", "head.regression_head.bbox_reg."),
+    ]
+    for ours, theirs in (("classification", "classification"), ("box", "regression")):
+        pairs += _blocks(f"head.{ours}", f"head.{theirs}_head.conv", step)
+    return pairs
+
+
+def _two_stage(detector: TwoStage) -> list[Pair]:
+    step = 2 if detector.head_norm is None else 3
+    convolutions, layers = BOX_HEADS[detector.box_head]
+    box = "roi_heads.box_head"
+    full = [f"{box}.fc6.", f"{box}.fc7."] if layers == 2 else [f"{box}.{convolutions + 1}."]
+    return [
+        ("rpn.score.", "rpn.head.cls_logits."),
+        ("rpn.box.", "rpn.head.bbox_pred."),
+        *_blocks("rpn.tower", "rpn.head.conv", 2),
+        *_blocks("head.convolutions", box, step),
+        *((f"head.fully_connected.{i}.", there) for i, there in enumerate(full)),
+        ("predictors.score.", "roi_heads.box_predictor.cls_score."),
+        ("predictors.box.", "roi_heads.box_predictor.bbox_pred."),
+        *_blocks("mask_head.convolutions", "roi_heads.mask_head", step),
+        ("mask_head.upsample.", "roi_heads.mask_predictor.conv5_mask."),
+        ("predictors.mask.", "roi_heads.mask_predictor.mask_fcn_logits."),
+    ]
+
+
+def _blocks(ours: str, theirs: str, step: int) -> list[Pair]:
+    """Four blocks of convolution, norm (where ``step`` is 3) and ReLU, in one row here, each by itself there."""
+    return [(f"{ours}.{step * i + part}.", f"{theirs}.{i}.{part}.") for i in range(4) for part in range(step - 1)]
+
+
+def _current(name: str, state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], bool]:
+    """The tensors under today's names, and whether they had others."""
+    state = {}
+    for key, value in state_dict.items():
+        renamed = key
+        for pattern, replacement in FORMER:
+            renamed = re.sub(pattern, replacement, renamed)
+        tower = re.match(FORMER_TOWER, key)
+        if tower and name.startswith("retinanet"):
+            renamed = f"{tower[1]}.{int(tower[2]) // 2}.0.{tower[3]}"
+        mask = re.match(FORMER_MASK, key)
+        if mask:
+            renamed = f"{mask[1]}.{int(mask[2]) - 1}.0.{mask[3]}"
+        state[renamed] = value
+    return state, list(state) != list(state_dict)

@@ -12,7 +12,7 @@ from pathlib import Path
 import cv2
 import torch
 
-from aligndet import demo
+from aligndet import convert, demo
 from aligndet.config import Config, load_config
 from aligndet.data import propose
 from aligndet.engine import distributed, predictions
@@ -26,7 +26,14 @@ from aligndet.weights import load_detector
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {"train": train, "eval": evaluate_weights, "propose": _propose, "predict": _predict, "demo": _demo}
+    commands = {
+        "train": train,
+        "eval": evaluate_weights,
+        "propose": _propose,
+        "predict": _predict,
+        "convert": _convert,
+        "demo": _demo,
+    }
     parser = argparse.ArgumentParser(
         prog="aligndet",
         description="Pre-train whole object detectors without labels, fine-tune them with few.",
@@ -111,6 +118,14 @@ def _predict(argv: Sequence[str]) -> int:
     args = parser.parse_args(argv)
     with one_line_errors():
         return predictions.run(args)
+
+
+def _convert(argv: Sequence[str]) -> int:
+    parser = argparse.ArgumentParser(prog="aligndet convert", description="Weights from and to other libraries.")
+    convert.add_arguments(parser)
+    args = parser.parse_args(argv)
+    with one_line_errors():
+        return convert.run(args)
 
 
 def _demo(argv: Sequence[str]) -> int:

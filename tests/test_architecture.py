@@ -20,6 +20,7 @@ LAYERS = {
     "weights": 5,
     "predict": 5,
     "interop": 5,
+    "convert": 6,
     "engine": 6,
     **dict.fromkeys(("demo_figures",), 7),
     **dict.fromkeys(("demo",), 8),

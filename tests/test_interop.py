@@ -80,12 +80,14 @@ def test_detections_and_names_equal_torchvisions(name: str, tmp_path: Any) -> No
         number += len(found)
         assert len(found) == len(expected["boxes"])
         assert (found.scores - expected["scores"]).abs().max() < 1e-4
-        same = found.labels + offset == expected["labels"]
-        near = (found.boxes - expected["boxes"]).abs().amax(dim=1) < 1e-2
-        assert bool((same & near).all()), (name, int((~(same & near)).sum()))
+        # Scores that agree in six digits may change places: a partner is looked for, not expected in the same row.
+        close = (found.scores[:, None] - expected["scores"]).abs() < 1e-4
+        close &= found.labels[:, None] + offset == expected["labels"]
+        close &= (found.boxes[:, None] - expected["boxes"]).abs().amax(dim=2) < 1e-2
+        assert bool(close.any(0).all()) and bool(close.any(1).all())
         if "masks" in expected:
             assert found.masks is not None
-            theirs = expected["masks"][:, 0] >= 0.5
+            theirs = expected["masks"][:, 0][close.int().argmax(dim=1)] >= 0.5
             both = (theirs & found.masks).flatten(1).sum(1)
             either = (theirs | found.masks).flatten(1).sum(1)
             assert bool((both >= 0.99 * either).all())
@@ -128,7 +130,7 @@ def test_what_does_not_fit_is_listed() -> None:
 
 @pytest.mark.parametrize("conventions", ["torchvision", "detectron2", "mmdet"])
 def test_unknown_conventions_are_named(conventions: str) -> None:
-    with pytest.raises(ValueError, match="conventions: want one of aligndet, .*got 'tochvision'"):
+    with pytest.raises(ValueError, match=r"conventions: want one of aligndet, .*got 'tochvision'"):
         build_detector("faster_rcnn", "resnet18", conventions="tochvision")
     assert build_detector("faster_rcnn", "resnet18", conventions=conventions, channels=32)
 

@@ -42,9 +42,21 @@ def reordered(prefix: str, order: Sequence[int], dim: int = 0) -> Change:
 
 @torch.no_grad()
 def fill(
-    detector: Detector, state: Mapping[str, Tensor], pairs: Sequence[Pair], changes: Sequence[Change], source: str
+    detector: Detector,
+    state: Mapping[str, Tensor],
+    pairs: Sequence[Pair],
+    changes: Sequence[Change],
+    source: str,
+    *,
+    fresh: str | None = None,
 ) -> Detector:
     """Copy the tensors of ``state`` into ``detector`` and return it, in evaluation mode.
+
+    Args:
+        state: by their names there.
+        changes: what is stored otherwise.
+        source: named in errors.
+        fresh: prefix of names here that keep their values where ``state`` has none or another shape; None: no name may.
 
     Raises:
         ValueError: a tensor of either side has no counterpart, or another shape there; all are listed with shapes.
@@ -60,10 +72,11 @@ def fill(
         change = _change_of(here, changes)
         value = value if change is None else change.come(value)
         missing.discard(here)
-        if value.shape != own[here].shape:
+        if value.shape != own[here].shape and (fresh is None or not here.startswith(fresh)):
             wrong.append(f"{name} {list(value.shape)} for {here} {list(own[here].shape)}")
-            continue
-        own[here].copy_(value)
+        elif value.shape == own[here].shape:
+            own[here].copy_(value)
+    missing = {name for name in missing if fresh is None or not name.startswith(fresh)}
     lacking = [f"{name} {list(own[name].shape)}" for name in own if name in missing]
     parts = [
         f"{title}: {', '.join(names)}"

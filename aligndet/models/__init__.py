@@ -36,6 +36,7 @@ def build_detector(
     width: float = 1.0,
     norm: str = "frozen",
     frozen_stages: int = 1,
+    stride_in_1x1: bool = False,
     norm_eps: float | None = None,
     pixel_mean: tuple[float, float, float] | None = None,
     pixel_std: tuple[float, float, float] | None = None,
@@ -47,7 +48,7 @@ def build_detector(
         name: one of DETECTORS.
         backbone: one of ``models.backbones.BACKBONES``.
         num_classes: K.
-        width, norm, frozen_stages: of the backbone, see ``build_backbone``.
+        width, norm, frozen_stages, stride_in_1x1: of the backbone, see ``build_backbone``.
         norm_eps: added to the variances of its batch norms, if another than torch's 1e-5.
         pixel_mean, pixel_std: normalisation of images (see Detector), if another than the usual.
         options: keyword arguments of the detector's class.
@@ -62,7 +63,7 @@ def build_detector(
     for option in options:
         if option not in known:
             raise ValueError(f"{option}: no option of {name}, which has {', '.join(known)}; {_nearest(option, known)}")
-    body = build_backbone(backbone, width=width, norm=norm, frozen_stages=frozen_stages)
+    body = build_backbone(backbone, width=width, norm=norm, frozen_stages=frozen_stages, stride_in_1x1=stride_in_1x1)
     detector = kind(body, num_classes, **options)
     for module in body.modules():
         if norm_eps is not None and isinstance(module, (FrozenBatchNorm, nn.BatchNorm2d, nn.SyncBatchNorm)):

@@ -48,6 +48,7 @@ class AnchorRules:
         sizes: of the anchors per level px, None: ``octaves``.
         grid, whole: of the anchors, see ``AnchorShapes``.
         shrink: boxes become at most 62.5 times smaller than their anchors, too.
+        most: detections per image.
     """
 
     extra: str = "input"
@@ -57,6 +58,7 @@ class AnchorRules:
     grid: str = "corner"
     whole: bool = False
     shrink: bool = True
+    most: int = 100
 
     def shapes(self, strides: tuple[int, ...]) -> AnchorShapes:
         """The anchors of pyramid levels of the given strides."""
@@ -97,8 +99,8 @@ DENSE = {
 }
 ANCHORS = {
     "aligndet": AnchorRules(),
-    "torchvision": AnchorRules("output", True, False, _TRUNCATED, "fitted", whole=True, shrink=False),
-    "torchvision_v2": AnchorRules("input", True, True, _TRUNCATED, "fitted", whole=True, shrink=False),
+    "torchvision": AnchorRules("output", True, False, _TRUNCATED, "fitted", whole=True, shrink=False, most=300),
+    "torchvision_v2": AnchorRules("input", True, True, _TRUNCATED, "fitted", whole=True, shrink=False, most=300),
     "detectron2": AnchorRules("input", True, shrink=False),
 }
 REGIONS = {

@@ -143,7 +143,7 @@ class RetinaNet(Detector):
 
     @torch.no_grad()
     def detect(self, candidates: Candidates, sizes: Tensor) -> list[Detections]:
-        """Score above the threshold, best 1000 per level, class-wise NMS at 0.5, best 100."""
+        """Score above the threshold, best 1000 per level, class-wise NMS at 0.5, best 100 (torchvision: 300)."""
         assert isinstance(candidates, RetinaNetCandidates)
         assert candidates.scores is not None and candidates.deltas is not None
         images = len(sizes)
@@ -153,7 +153,7 @@ class RetinaNet(Detector):
         for i in range(images):
             row, label, score = best_per_level(scores[i], candidates.counts, self.score_threshold, 1000)
             boxes = clip(self.coder.decode(anchors[i][row], deltas[i][row]), sizes[i])
-            chosen = batched_nms(boxes, score, label, 0.5)[:100]
+            chosen = batched_nms(boxes, score, label, 0.5)[: self.rules.most]
             found.append(Detections(boxes[chosen], score[chosen], label[chosen]))
         return found
 

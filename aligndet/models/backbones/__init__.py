@@ -13,7 +13,9 @@ Backbone = ResNet | MobileNetV2 | Swin
 BACKBONES = (*RESNETS, "mobilenet_v2", *SWINS)
 
 
-def build_backbone(name: str, *, width: float = 1.0, norm: str = "frozen", frozen_stages: int = 1) -> Backbone:
+def build_backbone(
+    name: str, *, width: float = 1.0, norm: str = "frozen", frozen_stages: int = 1, stride_in_1x1: bool = False
+) -> Backbone:
     """A backbone by name, with random weights.
 
     Args:
@@ -22,6 +24,7 @@ def build_backbone(name: str, *, width: float = 1.0, norm: str = "frozen", froze
         norm: "frozen" (statistics and affine parameters are constants), "affine"
             (statistics only), "batch" or "sync".
         frozen_stages: 0 none, 1 stem and first stage, ... 4 everything.
+        stride_in_1x1: of ResNet-50 and -101, see ``ResNet``.
 
     Returns:
         A module with ``channels`` and ``strides`` of its four outputs.
@@ -35,6 +38,8 @@ def build_backbone(name: str, *, width: float = 1.0, norm: str = "frozen", froze
         raise ValueError(f"frozen_stages: want 0 .. 4, got {frozen_stages}")
     if not width > 0:
         raise ValueError(f"width: want a positive multiplier, got {width}")
+    if stride_in_1x1 and name not in ("resnet50", "resnet101"):
+        raise ValueError(f"stride_in_1x1: want resnet50 or resnet101, which have such convolutions, got {name}")
     if name == "mobilenet_v2":
         return MobileNetV2(width, norm, frozen_stages)
     if name in SWINS:
@@ -45,7 +50,7 @@ def build_backbone(name: str, *, width: float = 1.0, norm: str = "frozen", froze
         near = difflib.get_close_matches(name, BACKBONES, n=1, cutoff=0.0)[0]
         raise ValueError(f"backbone: want one of {', '.join(BACKBONES)}, got {name!r}; the nearest is {near!r}")
     block, depths = RESNETS[name]
-    return ResNet(block, depths, width, norm, frozen_stages)
+    return ResNet(block, depths, width, norm, frozen_stages, stride_in_1x1)
 
 
 __all__ = ["BACKBONES", "Backbone", "MobileNetV2", "ResNet", "Swin", "build_backbone"]

@@ -25,6 +25,8 @@ class ResNet(nn.Module):
         width: channel multiplier; the stem is rounded to a multiple of 8, everything else follows from it.
         norm: key of NORMS.
         frozen_stages: 0 .. 4; 1 is stem and first stage.
+        stride_in_1x1: a bottleneck's stride is in its first convolution, as in the first published weights (detectron2,
+            caffe), not in the 3 x 3 one.
     """
 
     def __init__(
@@ -34,6 +36,7 @@ class ResNet(nn.Module):
         width: float = 1.0,
         norm: str = "frozen",
         frozen_stages: int = 1,
+        stride_in_1x1: bool = False,
     ) -> None:
         super().__init__()
         stem = rounded(64 * width)
@@ -48,6 +51,9 @@ class ResNet(nn.Module):
             _stage(block, inputs[stage], stem * 2**stage, depths[stage], 1 if stage == 0 else 2, norm)
             for stage in range(4)
         )
+        for module in self.modules():
+            if stride_in_1x1 and isinstance(module, Bottleneck):
+                module.conv1.stride, module.conv2.stride = module.conv2.stride, (1, 1)
         _initialise(self, norm)
         self.freeze(frozen_stages)
 

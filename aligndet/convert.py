@@ -1,0 +1,103 @@
+"""``aligndet convert``: files of weights from and to other libraries."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from aligndet.interop import detectron2, detr, mmdet, torchvision
+from aligndet.protocol import Detector
+from aligndet.weights import export_detector, load_detector, read_weights
+
+OURS = "aligndet"
+BUILDS: dict[str, Callable[[str, Mapping[str, Tensor]], dict[str, Any]]] = {
+    "torchvision": torchvision.build_arguments,
+    "detr": detr.build_arguments,
+    "mmdet": mmdet.build_arguments,
+    "detectron2": detectron2.build_arguments,
+}
+READERS: dict[str, Callable[[str, Mapping[str, Tensor]], Detector]] = {
+    "torchvision": torchvision.from_state_dict,
+    "detr": detr.from_state_dict,
+    "mmdet": mmdet.from_state_dict,
+    "detectron2": detectron2.from_state_dict,
+}
+WRITERS: dict[str, Callable[[Detector], dict[str, Tensor]]] = {
+    "torchvision": torchvision.to_state_dict,
+    "detr": detr.to_state_dict,
+    "mmdet": mmdet.to_state_dict,
+    "detectron2": detectron2.to_state_dict,
+}
+# Under which key the file of a peer holds its tensors; None: at the top.
+WRAPPERS = {"torchvision": None, "detr": "model", "mmdet": "state_dict", "detectron2": "model"}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``aligndet convert``."""
+    choices = [OURS, *READERS]
+    parser.add_argument("--from", dest="source", required=True, choices=choices, help="library that wrote IN")
+    parser.add_argument("--to", dest="target", required=True, choices=choices, help="library that shall read OUT")
+    parser.add_argument("--name", help="what the model is called there, e.g. fcos_resnet50_fpn; needed unless ours")
+    parser.add_argument("--classes", metavar="FILE", help="class names, one per line; default: class_0, class_1, ...")
+    parser.add_argument("input", metavar="IN", help="file of weights")
+    parser.add_argument("output", metavar="OUT", help="file to write")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert one file; what has no counterpart is an error that lists it."""
+    if args.source == OURS:
+        detector, _ = load_detector(args.input)
+        content = _content(args.target, detector, args.input)
+    elif args.name is None:
+        raise ValueError(f"--name: want what {args.source} calls the model, its builder or config")
+    else:
+        state = _state(args.source, args.input)
+        detector = READERS[args.source](args.name, state)
+        if args.target == OURS:
+            build = BUILDS[args.source](args.name, state)
+            content = export_detector(detector, _class_names(args.classes, build["num_classes"]), build)
+        else:
+            content = _content(args.target, detector, args.input)
+    output = Path(args.output)
+    output.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, output)
+    number = sum(value.numel() for value in detector.state_dict().values())
+    print(f"{output}: {number:,} numbers, for {args.target}")
+    return 0
+
+
+def _content(target: str, detector: Detector, source: str) -> dict[str, Any]:
+    if target == OURS:
+        raise ValueError(f"{source}: is aligndet's already; want another library for --to")
+    try:
+        state = WRITERS[target](detector)
+    except ValueError as error:
+        raise ValueError(f"{source}: {error}") from None
+    wrapper = WRAPPERS[target]
+    return dict(state) if wrapper is None else {wrapper: state}
+
+
+def _state(source: str, path: str) -> dict[str, Tensor]:
+    """The tensors of a peer's file, with or without the wrapper it usually has."""
+    content = read_weights(path)
+    for wrapper in ("state_dict", "model"):
+        if isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    state = {name: value for name, value in content.items() if isinstance(value, Tensor)}
+    if not state:
+        raise ValueError(f"weights {path}: want names with tensors of {source}, got {', '.join(list(content)[:5])}")
+    return state
+
+
+def _class_names(path: str | None, number: int) -> Sequence[str]:
+    if path is None:
+        return [f"class_{label}" for label in range(number)]
+    names = [line.strip() for line in Path(path).read_text().splitlines() if line.strip()]
+    if len(names) != number:
+        raise ValueError(f"classes {path}: want {number} names, one per line, got {len(names)}")
+    return names

@@ -1,0 +1,137 @@
+"""detectron2's model zoo: RetinaNet, Faster and Mask R-CNN with a feature pyramid on its ResNet-50 and -101."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from aligndet.interop.renaming import Change, Pair, fill, names_there, reordered
+from aligndet.models import RetinaNet, build_detector
+from aligndet.models.backbones import ResNet
+from aligndet.models.two_stage import TwoStage
+from aligndet.protocol import Detector
+
+NAME = re.compile(r"^(retinanet|faster_rcnn|mask_rcnn)_R_(50|101)_FPN(?:_|$)")
+# Constants that older files hold beside the weights.
+CONSTANTS = re.compile(r"(^pixel_(mean|std)$|anchor_generator\.cell_anchors\.)")
+PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (1.0, 1.0, 1.0)  # RGB here, BGR there
+
+
+def from_state_dict(name: str, state_dict: Mapping[str, Tensor]) -> Detector:
+    """The detector that computes what detectron2's computes with these weights, in evaluation mode.
+
+    The models of its zoo: images BGR with mean 103.53, 116.28, 123.675 and without scaling, the stride of a bottleneck
+    in its first convolution, frozen batch norm.
+
+    Args:
+        name: e.g. "mask_rcnn_R_50_FPN_3x".
+        state_dict: of the model; files hold it under "model". Anchors and pixel statistics in it are left out.
+
+    Raises:
+        ValueError: an unknown name, or tensors without a counterpart, listed with their shapes.
+    """
+    detector = build_detector(**build_arguments(name, state_dict))
+    state = {key: value for key, value in state_dict.items() if not CONSTANTS.search(key)}
+    pairs, changes = _names(detector)
+    return fill(detector, state, pairs, changes, f"detectron2 {name}")
+
+
+def build_arguments(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The arguments of ``build_detector`` for weights of detectron2."""
+    match = NAME.match(name)
+    if match is None:
+        raise ValueError(f"detectron2: want a name like retinanet_R_50_FPN of {NAME.pattern}, got {name!r}")
+    dense = match[1] == "retinanet"
+    key = "head.cls_score.bias" if dense else "roi_heads.box_predictor.cls_score.bias"
+    if key not in state_dict:
+        raise ValueError(f"detectron2 {name}: want {key} among the names, got {', '.join(list(state_dict)[:5])}")
+    outputs = len(state_dict[key])
+    return {
+        "name": match[1],
+        "backbone": f"resnet{match[2]}",
+        "num_classes": outputs // 9 if dense else outputs - 1,
+        "stride_in_1x1": True,
+        "pixel_mean": PIXEL_MEAN,
+        "pixel_std": PIXEL_STD,
+        "conventions": "detectron2",
+        **({} if dense else {"box_head": "2fc"}),
+    }
+
+
+def to_state_dict(detector: Detector) -> dict[str, Tensor]:
+    """The detector's tensors under detectron2's names; exact.
+
+    Raises:
+        ValueError: detectron2 has no place for some tensors, listed with their shapes.
+    """
+    pairs, changes = _names(detector)
+    return names_there(detector, pairs, changes)
+
+
+def _names(detector: Detector) -> tuple[list[Pair], list[Change]]:
+    changes = [reordered("backbone.conv1.", (2, 1, 0), dim=1)] if detector.pixel_std == PIXEL_STD else []
+    if isinstance(detector, RetinaNet):
+        pairs = _backbone(detector.backbone) + _pyramid(3) + _retinanet()
+        each = detector.shapes.per_cell
+        score, box = (len(detector.predictors[name].bias) // each for name in ("score", "box"))  # type: ignore[arg-type]
+        sizes = {"predictors.score.": score, "predictors.box.": box}
+        return pairs, changes + [reordered(prefix, _anchor_order(size)) for prefix, size in sizes.items()]
+    if isinstance(detector, TwoStage) and detector.box_head == "2fc":
+        return _backbone(detector.backbone) + _pyramid(2) + _two_stage(), changes
+    wanted = "want RetinaNet, or FasterRCNN or MaskRCNN with box_head 2fc"
+    raise ValueError(f"detectron2 has no counterpart of {type(detector).__name__}; {wanted}")
+
+
+def _anchor_order(outputs: int) -> list[int]:
+    """Rows there of the rows here: its nine anchors run over ratios first, ours over sizes first."""
+    return [(size * 3 + ratio) * outputs + k for ratio in range(3) for size in range(3) for k in range(outputs)]
+
+
+def _backbone(backbone: object) -> list[Pair]:
+    assert isinstance(backbone, ResNet)
+    root = "backbone.bottom_up"
+    pairs = [("backbone.conv1.", f"{root}.stem.conv1."), ("backbone.bn1.", f"{root}.stem.conv1.norm.")]
+    for stage, layer in enumerate((backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4), 1):
+        for block in range(len(layer)):
+            here, there = f"backbone.layer{stage}.{block}", f"{root}.res{stage + 1}.{block}"
+            for i in range(1, 4):
+                pairs += [(f"{here}.conv{i}.", f"{there}.conv{i}."), (f"{here}.bn{i}.", f"{there}.conv{i}.norm.")]
+            pairs += [
+                (f"{here}.downsample.0.", f"{there}.shortcut."),
+                (f"{here}.downsample.1.", f"{there}.shortcut.norm."),
+            ]
+    return pairs
+
+
+def _pyramid(first: int) -> list[Pair]:
+    pairs = [(f"neck.extra.{i}.", f"backbone.top_block.p{i + 6}.") for i in range(2)]
+    for i in range(6 - first):
+        pairs += [(f"neck.{part}.{i}.", f"backbone.fpn_{part}{first + i}.") for part in ("lateral", "output")]
+    return pairs
+
+
+def _retinanet() -> list[Pair]:
+    return [
+        ("head.classification.", "head.cls_subnet."),
+        ("head.box.", "head.bbox_subnet."),
+        ("predictors.score.", "head.cls_score."),
+        ("predictors.box.", "head.bbox_pred."),
+    ]
+
+
+def _two_stage() -> list[Pair]:
+    return [
+        ("rpn.tower.0.", "proposal_generator.rpn_head.conv."),
+        ("rpn.score.", "proposal_generator.rpn_head.objectness_logits."),
+        ("rpn.box.", "proposal_generator.rpn_head.anchor_deltas."),
+        ("head.fully_connected.0.", "roi_heads.box_head.fc1."),
+        ("head.fully_connected.1.", "roi_heads.box_head.fc2."),
+        ("predictors.score.", "roi_heads.box_predictor.cls_score."),
+        ("predictors.box.", "roi_heads.box_predictor.bbox_pred."),
+        *((f"mask_head.convolutions.{2 * i}.", f"roi_heads.mask_head.mask_fcn{i + 1}.") for i in range(4)),
+        ("mask_head.upsample.", "roi_heads.mask_head.deconv."),
+        ("predictors.mask.", "roi_heads.mask_head.predictor."),
+    ]

@@ -1,8 +1,8 @@
 """Time of our RoIAlign kernel beside torchvision's, forward and backward, on a GPU.
 
 Four FPN levels of 2 images of 800 x 1344, 256 channels, 1000 RoIs per image, 7 x 7 cells, adaptive samples; fp32, fp16
-and bf16, channels-last and contiguous. torchvision's op is called once per level with the maps as they are; where it does
-not take their type, its own words stand in place of its times. Both sides assign boxes to levels.
+and bf16, channels-last and contiguous. torchvision's op is called once per level with the maps as they are; where it
+does not take their type, its own words stand in place of its times. Both sides assign boxes to levels.
 """
 
 from __future__ import annotations

@@ -76,7 +76,10 @@ def by_torchvision(levels: list[Tensor], boxes: Tensor, image: Tensor, level: Te
     pixels.
     """
     kind = torch.promote_types(levels[0].dtype, torch.float32)
-    rois = torch.cat([image[:, None].to(kind), boxes.to(kind)], dim=1)
+    low, high = boxes.detach().to(kind).split(2, dim=1)
+    if grid.sampling_ratio == 0:
+        high = torch.maximum(low, high)  # the same zeros; for inverted boxes the op would ask for negative memory
+    rois = torch.cat([image[:, None].to(kind), low, high], dim=1)
     order = level.argsort(stable=True)
     counts = torch.bincount(level, minlength=len(levels)).tolist()
     ratio = grid.sampling_ratio or -1

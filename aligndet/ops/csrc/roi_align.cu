@@ -27,6 +27,6 @@ ALIGNDET_KERNELS(bfloat16_1, aligndet::Bfloat16, 1)
 ALIGNDET_KERNELS(bfloat16_8, aligndet::Bfloat16, 8)
 
 extern "C" __global__ void __launch_bounds__(128) roi_align_list(const __grid_constant__ aligndet::Call call) {
-  const int item = static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x);
+  const int item = static_cast<int>(blockIdx.x * blockDim.y + threadIdx.y);  // one thread wide
   if (item < call.items) aligndet::list_regions(call, item);
 }

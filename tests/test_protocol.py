@@ -45,12 +45,11 @@ def test_every_block_of_the_page_runs_from_photographs_to_metrics(tmp_path: Path
     assert len(history) == 60
     assert set(history[0]) == {"box", "contrast"}
     # The contrast falls slowly above a frozen backbone of random weights.
-    for name, share in (("box", 0.7), ("contrast", 0.99)):
+    for name, share in (("box", 0.7), ("contrast", 1.0)):
         first, last = (np.mean([losses[name] for losses in part]) for part in (history[:5], history[-5:]))
         assert last < share * first, name
     assert set(result["report"].kept) == {"predictors.score.weight", "predictors.score.bias"}
-    assert result["metrics"]["AP50"] > 0.9, result["metrics"]
-    assert result["metrics"]["AP"] > 0.6, result["metrics"]
+    assert result["metrics"]["AP"] > 0.9, result["metrics"]
     (alone,) = predict(result["detector"], [tmp_path / "images" / labels.file_names[0]], short_side=128, long_side=128)
     assert torch.equal(alone.boxes, result["found"][int(labels.image_ids[0])].boxes)
 

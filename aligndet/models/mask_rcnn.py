@@ -32,17 +32,10 @@ class MaskRCNN(TwoStage):
         """Those of Faster R-CNN, and the cross-entropy of the class's mask, mean over the cells of positive regions."""
         losses = super().localization_loss(candidates, targets)
         assert isinstance(candidates, RegionCandidates) and candidates.matched is not None
-        if targets.masks is None:
-            assert self.mask_head is not None
-            layers = [*self.mask_head.parameters(), *self.predictors["mask"].parameters()]
-            return losses | {"mask": 0.0 * torch.stack([layer.sum() for layer in layers]).sum()}
-        positive = (candidates.matched >= 0).nonzero().squeeze(1)
-        match, boxes = candidates.matched[positive], candidates.boxes[positive]
-        logits = own_class(self._masks(candidates.levels, boxes, candidates.image[positive]), targets.labels[match])
-        truth = crop(targets.masks, match, boxes, 2 * POOLED)
-        cost = F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="sum")
-        cells = mean_over_ranks(boxes.new_tensor(float(truth.numel())))
-        return losses | {"mask": cost / cells.clamp(min=1)}
+        cost = self._mask_cost(candidates, targets)
+        cells = (candidates.matched >= 0).sum().float() * (0 if targets.masks is None else (2 * POOLED) ** 2)
+        # Every rank takes part, also one whose batch has neither boxes nor masks: the others would wait for it.
+        return losses | {"mask": cost / mean_over_ranks(cells).clamp(min=1)}
 
     @torch.no_grad()
     def detect(self, candidates: Candidates, sizes: Tensor) -> list[Detections]:
@@ -59,6 +52,18 @@ class MaskRCNN(TwoStage):
             replace(item, patches=part, snapped=self.rules.snapped)
             for item, part in zip(found, patches.split(counts), strict=True)
         ]
+
+    def _mask_cost(self, candidates: RegionCandidates, targets: Targets) -> Tensor:
+        """Cross-entropy summed over the cells of positive regions; 0 with a graph where there are no masks."""
+        assert candidates.matched is not None and self.mask_head is not None
+        if targets.masks is None:
+            layers = [*self.mask_head.parameters(), *self.predictors["mask"].parameters()]
+            return 0.0 * torch.stack([layer.sum() for layer in layers]).sum()
+        positive = (candidates.matched >= 0).nonzero().squeeze(1)
+        match, boxes = candidates.matched[positive], candidates.boxes[positive]
+        logits = own_class(self._masks(candidates.levels, boxes, candidates.image[positive]), targets.labels[match])
+        truth = crop(targets.masks, match, boxes, 2 * POOLED)
+        return F.binary_cross_entropy_with_logits(logits.float(), truth, reduction="sum")
 
     def _masks(self, levels: list[Tensor], boxes: Tensor, image: Tensor) -> Tensor:
         """Logits [n, K, 2 POOLED, 2 POOLED]."""

@@ -1,6 +1,6 @@
 """Pre-train whole object detectors without labels, fine-tune them with few."""
 
-from aligndet import data, losses, weights
+from aligndet import data, interop, losses, weights
 from aligndet.config import Config, load_config
 from aligndet.engine import evaluate
 from aligndet.finetune import FineTune
@@ -26,6 +26,7 @@ __all__ = [
     "build_detector",
     "data",
     "evaluate",
+    "interop",
     "load_config",
     "losses",
     "predict",

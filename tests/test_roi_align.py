@@ -15,7 +15,8 @@ from torchvision.ops import roi_align as torchvision_roi_align
 
 from aligndet.ops import cuda_module, nvrtc
 from aligndet.ops.cuda_module import blocks_of
-from aligndet.ops.roi_align import by_torchvision, multilevel_roi_align
+from aligndet.ops.roi_align import by_torchvision, level_of, multilevel_roi_align
+from aligndet.ops.roi_align_cpu import by_sums
 from aligndet.ops.roi_align_cuda import CallStruct, Grid, Kernels, RoIAlign, fits
 from tests import reference
 
@@ -242,23 +243,71 @@ def test_conversions_are_those_of_torch(library: ctypes.CDLL, dtype: torch.dtype
     assert torch.equal(rounded[real], theirs.view(torch.int16)[real])
 
 
-def test_on_the_processor_one_line_names_torchvisions_op(caplog: pytest.LogCaptureFixture) -> None:
+def test_on_the_processor_one_line_names_the_sums(caplog: pytest.LogCaptureFixture) -> None:
     cuda_module.say_once.cache_clear()
     levels, (boxes, image) = maps_of(3), boxes_of(5)
     with caplog.at_level(logging.INFO, logger="aligndet"):
         for _ in range(2):
             multilevel_roi_align(levels, boxes, image, 7, strides=STRIDES)
-    assert [record.getMessage() for record in caplog.records] == ["roi_align: torchvision's op on the processor"]
+    assert [record.getMessage() for record in caplog.records] == ["roi_align: weighted sums on the processor"]
 
 
 @pytest.mark.parametrize("last", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_fallback_keeps_type_and_memory_format(dtype: torch.dtype, last: bool) -> None:
+def test_the_processor_keeps_type_and_memory_format(dtype: torch.dtype, last: bool) -> None:
     levels = [level.to(dtype) for level in maps_of(3, last=last)]
     boxes, image = boxes_of(5)
     pooled = multilevel_roi_align(levels, boxes, image, 7, strides=STRIDES)
     assert pooled.dtype == dtype
     assert pooled.is_contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+@pytest.mark.parametrize("sampling_ratio", [0, 1, 2, 3])
+@pytest.mark.parametrize("aligned", [True, False])
+@pytest.mark.parametrize("last", [True, False])
+def test_weighted_sums_equal_torchvision_in_double_precision(sampling_ratio: int, aligned: bool, last: bool) -> None:
+    torch.manual_seed(0)
+    grid, levels = Grid(7, STRIDES, sampling_ratio, aligned), maps_of(5, last=last)
+    boxes, image = boxes_of(211)
+    level = level_of(boxes, 4)
+    pooled = by_sums(levels, boxes, image, level, grid)
+    assert pooled is not None and pooled.shape == (len(boxes), 5, 7, 7)
+    exact = [feature.detach().double().requires_grad_() for feature in levels]
+    # The boxes of single precision: torchvision would compute the samples' places in double.
+    expected = by_torchvision(exact, boxes, image, level, grid)
+    assert (pooled - expected).abs().max() < 1e-4  # places of samples are rounded at 1e-5 of a cell
+    single = by_torchvision(levels, boxes, image, level, grid)
+    assert (pooled - expected).abs().max() <= 2 * (single - expected).abs().max() + 1e-6
+    gradient = torch.randn_like(pooled)
+    ours = torch.autograd.grad(pooled, levels, gradient)
+    theirs = torch.autograd.grad(expected, exact, gradient.double())
+    assert max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) < 1e-4 * 10
+
+
+def test_weighted_sums_equal_the_naive_loop() -> None:
+    torch.manual_seed(0)
+    levels = maps_of(3)
+    boxes, image = boxes_of(13)
+    boxes, image = boxes[:13].round(), image[:13]  # whole numbers: places of samples are exact enough
+    level = level_of(boxes, 4)
+    pooled = by_sums(levels, boxes, image, level, Grid(7, STRIDES, 2, True))
+    assert pooled is not None
+    for row, box in enumerate(boxes.tolist()):
+        here = int(level[row])
+        expected = reference.roi_align(levels[here][image[row]].detach(), box, 7, STRIDES[here], 2, True)
+        assert (pooled[row] - expected).abs().max() < 1e-5
+
+
+def test_weighted_sums_leave_to_torchvision_what_does_not_suit_them() -> None:
+    grid, levels, (boxes, image) = Grid(7, STRIDES, 0, True), maps_of(3), boxes_of(5)
+    level = level_of(boxes, 4)
+    assert by_sums(levels, boxes[:0], image[:0], level[:0], grid) is None
+    assert by_sums([feature.double() for feature in levels], boxes, image, level, grid) is None
+    huge = boxes.clone()
+    huge[0] = torch.tensor([0.0, 0, 1e6, 1e6])
+    assert by_sums(levels, huge, image, level_of(huge, 4), grid) is None
+    huge[0, 2] = torch.nan
+    assert by_sums(levels, huge, image, level, grid) is None
 
 
 def test_what_the_kernel_cannot_take_goes_to_torchvision() -> None:

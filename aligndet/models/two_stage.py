@@ -20,7 +20,7 @@ from aligndet.models.rpn import RPN, Objectness
 from aligndet.ops.boxes import clip
 from aligndet.ops.coders import DeltaCoder
 from aligndet.ops.reduce import mean_over_ranks
-from aligndet.ops.roi_align import multilevel_roi_align
+from aligndet.ops.roi_align import level_of, multilevel_roi_align
 from aligndet.protocol import Detector, Sampler
 from aligndet.structures import BACKGROUND, Candidates, Detections, Targets, class_of
 
@@ -31,7 +31,7 @@ STDS = (0.1, 0.1, 0.2, 0.2)
 
 @dataclass(frozen=True)
 class RegionCandidates(Candidates):
-    """Regions, image by image; with targets the sampled ones.
+    """Regions, image by image; with targets the sampled ones, level by level.
 
     Attributes:
         boxes: float32 [N, 4] xyxy px, clipped.
@@ -129,6 +129,9 @@ class TwoStage(Detector):
         image = torch.repeat_interleave(
             torch.arange(len(regions), device=boxes.device), torch.tensor(counts, device=boxes.device)
         )
+        if matched is not None:  # level by level, which spares RoIAlign to put its large output in order
+            order = level_of(boxes, 4).argsort(stable=True)
+            boxes, image, matched = boxes[order], image[order], matched[order]
         shared = self.head(self.pool(levels[:4], boxes, image, POOLED))
         outputs = {name: self.predictors[name](shared) for name in self._read() if name in self.predictors}
         offsets = outputs["box"].view(len(boxes), -1, 4) if self.localizes else None

@@ -9,6 +9,7 @@ from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
 from aligndet.ops.cuda_module import module_for, say_once
+from aligndet.ops.roi_align_cpu import by_sums
 from aligndet.ops.roi_align_cuda import Grid, Kernels, RoIAlign, fits
 
 
@@ -42,8 +43,8 @@ def multilevel_roi_align(
 ) -> Tensor:
     """``size`` x ``size`` features of each box from the level of its size.
 
-    On a GPU by our own kernel, the gradient of which is the same in every run; by torchvision's op on the processor and
-    where ours cannot be compiled. A log line says once which of them it is.
+    On a GPU by our own kernel, the gradient of which is the same in every run; on the processor by weighted sums; by
+    torchvision's op where neither can serve. A log line says once which of them it is.
 
     Args:
         levels: L maps [B, C, H_l, W_l].
@@ -55,7 +56,7 @@ def multilevel_roi_align(
         aligned: pixel centres at half-integers; False shifts boxes by half a cell, as the first publication did.
 
     Returns:
-        [N, C, S, S] in the type of the maps and in their memory format; [0, C, S, S] with a graph to every map without
+        [N, C, S, S] in the type of the maps and, but by torchvision's op, in their memory format; [0, C, S, S] with a graph to every map without
         boxes. Exactly 0 for samples more than one cell beyond a map, and for inverted boxes that adapt their samples.
 
     Source:
@@ -63,6 +64,10 @@ def multilevel_roi_align(
     """
     grid = Grid(size, strides, sampling_ratio, aligned)
     level = level_of(boxes, len(levels))
+    if levels[0].device.type == "cpu":
+        say_once(logging.INFO, "roi_align: weighted sums on the processor")
+        pooled = by_sums(levels, boxes, image, level, grid)
+        return by_torchvision(levels, boxes, image, level, grid) if pooled is None else pooled
     kernels = _kernels_for(levels, len(boxes), grid)
     if kernels is None:
         return by_torchvision(levels, boxes, image, level, grid)
@@ -87,15 +92,15 @@ def by_torchvision(levels: list[Tensor], boxes: Tensor, image: Tensor, level: Te
         torchvision_roi_align(features.to(kind), part, grid.size, 1 / stride, ratio, grid.aligned)
         for features, stride, part in zip(levels, grid.strides, rois[order].split(counts), strict=True)
     ]
-    pooled = torch.cat(parts)[order.argsort()].to(levels[0].dtype)
-    plain = levels[0].is_contiguous() or not levels[0].is_contiguous(memory_format=torch.channels_last)
-    return pooled if plain else pooled.contiguous(memory_format=torch.channels_last)
+    pooled = torch.cat(parts).to(levels[0].dtype)
+    # Features of a thousand regions are 50 MB: they are moved only if the boxes did not come level by level.
+    return pooled if torch.equal(order, torch.arange(len(order), device=order.device)) else pooled[order.argsort()]
 
 
 def _kernels_for(levels: list[Tensor], rois: int, grid: Grid) -> Kernels | None:
     device = levels[0].device
     if device.type != "cuda":
-        say_once(logging.INFO, "roi_align: torchvision's op on the processor")
+        say_once(logging.INFO, f"roi_align: torchvision's op on {device.type}")
         return None
     if not fits(levels, rois, grid):
         say_once(logging.INFO, "roi_align: torchvision's op for maps of other types or sizes than our kernel takes")

@@ -275,13 +275,15 @@ def test_weighted_sums_equal_torchvision_in_double_precision(sampling_ratio: int
     exact = [feature.detach().double().requires_grad_() for feature in levels]
     # The boxes of single precision: torchvision would compute the samples' places in double.
     expected = by_torchvision(exact, boxes, image, level, grid)
-    assert (pooled - expected).abs().max() < 1e-4  # places of samples are rounded at 1e-5 of a cell
     single = by_torchvision(levels, boxes, image, level, grid)
-    assert (pooled - expected).abs().max() <= 2 * (single - expected).abs().max() + 1e-6
+    # A sample within rounding of the border may count or not; there single precision agrees with itself.
+    border = (single - expected).abs() > 1e-3
+    assert int(border.sum()) < 100
+    assert (pooled - expected)[~border].abs().max() < 5e-5
+    assert (pooled - single).abs().max() < 5e-5
     gradient = torch.randn_like(pooled)
-    ours = torch.autograd.grad(pooled, levels, gradient)
-    theirs = torch.autograd.grad(expected, exact, gradient.double())
-    assert max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) < 1e-4 * 10
+    ours, theirs = (torch.autograd.grad(part, levels, gradient) for part in (pooled, single))
+    assert max(float((a - b).abs().max()) for a, b in zip(ours, theirs, strict=True)) < 2e-4
 
 
 def test_weighted_sums_equal_the_naive_loop() -> None:

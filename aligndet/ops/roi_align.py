@@ -56,8 +56,9 @@ def multilevel_roi_align(
         aligned: pixel centres at half-integers; False shifts boxes by half a cell, as the first publication did.
 
     Returns:
-        [N, C, S, S] in the type of the maps and, but by torchvision's op, in their memory format; [0, C, S, S] with a graph to every map without
-        boxes. Exactly 0 for samples more than one cell beyond a map, and for inverted boxes that adapt their samples.
+        [N, C, S, S] in the type of the maps and, but by torchvision's op, in their memory format; [0, C, S, S] with a
+        graph to every map without boxes. Exactly 0 for samples more than one cell beyond a map, and for inverted boxes
+        that adapt their samples.
 
     Source:
         Mask R-CNN (arXiv:1703.06870), section 3.

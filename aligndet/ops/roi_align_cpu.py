@@ -1,4 +1,4 @@
-"""RoIAlign on the processor: every output cell is a weighted sum of a few cells of the maps, all levels in one table."""
+"""RoIAlign on the processor: each output cell is a weighted sum of a few cells of the maps, all levels in one table."""
 
 from __future__ import annotations
 
@@ -17,11 +17,14 @@ def by_sums(levels: list[Tensor], boxes: Tensor, image: Tensor, level: Tensor, g
 
     Bilinear interpolation on a grid of samples is separable: per axis the weights of the few rows (or columns) that the
     samples of a cell touch are added up, so that samples that share cells of the map cost one multiplication together.
-    The sums are torch's ``embedding_bag``, forward and backward: two to four times as fast as torchvision's op.
+    The sums are torch's ``embedding_bag``, in float32; forward and backward take a fraction of torchvision's time.
 
-    Not suited are boxes that need more than MOST_SAMPLES per cell, types of other than 16 and 32 bits, and no boxes.
+    Not suited are boxes that need more than MOST_SAMPLES per cell or are not finite, maps of other than 16 and 32 bits,
+    and no boxes.
     """
     if not len(boxes) or levels[0].dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return None
+    if not bool(boxes.isfinite().all()):
         return None
     shapes = torch.tensor([feature.shape[2:] for feature in levels])  # [L, 2]
     sides = shapes[level]  # [N, 2]
@@ -48,8 +51,8 @@ def by_sums(levels: list[Tensor], boxes: Tensor, image: Tensor, level: Tensor, g
 def _axis(edges: Tensor, side: Tensor, grid: Grid) -> tuple[Tensor, Tensor] | None:
     """Along one axis: which cells of the map each output cell reads, and with what weight: int64 and float [N, S, R].
 
-    ``edges`` [N, 2] are the boxes' in cells of their maps, ``side`` int64 [N] the maps' lengths. Weights of samples more
-    than a cell outside are 0, those between a border and the outermost cell's centre go to that cell.
+    ``edges`` [N, 2] are the boxes' in cells of their maps, ``side`` int64 [N] the maps' lengths. Weights of samples
+    more than a cell outside are 0, those between a border and the outermost cell's centre go to that cell.
     """
     low, size = edges[:, 0], grid.size
     length = edges[:, 1] - low

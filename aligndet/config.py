@@ -75,6 +75,7 @@ class DataConfig:
     long_side: int = knob(1333, above=0, tasks=BOXES)  # px, upper bound
     eval_short_side: int = knob(800, above=0, tasks=(FINETUNE,))  # px
     flip: float = knob(0.5, least=0)  # probability of the horizontal flip
+    crowds: bool = knob(True, tasks=(FINETUNE,))  # anchors and regions inside crowds are not background
     on_error: str = knob("skip", choices=("skip", "fail"))  # unreadable image: count and replace it, or stop
     workers: int = knob(2, least=0)  # loader processes per rank
 

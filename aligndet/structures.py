@@ -27,6 +27,9 @@ class Targets:
         ids: int64 [M], which: unique in the batch; equal ids in two views are the same box.
         image: int64 [M], 0 .. B-1, ascending.
         masks: bool [M, H, W] or None where the data has none.
+        crowds: float32 [R, 4] xyxy px, regions with objects that nobody outlined one by one; None where the data has
+            none. ``IoUAssigner`` ignores the background inside; assigners without overlaps take no notice.
+        crowd_image: int64 [R], 0 .. B-1, ascending; None exactly where ``crowds`` is.
     """
 
     boxes: Tensor
@@ -34,6 +37,8 @@ class Targets:
     ids: Tensor
     image: Tensor
     masks: Tensor | None = None
+    crowds: Tensor | None = None
+    crowd_image: Tensor | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)

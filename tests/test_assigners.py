@@ -1,5 +1,7 @@
 """Claims about assignment and sampling, against a naive loop."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
@@ -157,11 +159,18 @@ def test_iou_with_many_boxes_and_none() -> None:
 
 def test_background_inside_a_crowd_is_ignored() -> None:
     candidates = torch.tensor([[0.0, 0, 10, 10], [20, 0, 30, 10], [26, 0, 36, 10], [60, 0, 70, 10]])
-    crowd = targets_of([torch.tensor([[15.0, 0, 31, 20]])])
-    box = targets_of([torch.tensor([[0.0, 0, 10, 10]])])
-    found = IoUAssigner(0.5, 0.5)([candidates], box, regions=crowd)
-    assert found.tolist() == [0, IGNORED, IGNORED, BACKGROUND], "the third lies in it by exactly one half"
-    assert IoUAssigner(0.5, 0.5)([candidates], box, regions=crowd, overlap=0.6)[2] == BACKGROUND
+    targets = replace(
+        targets_of([torch.zeros(0, 4), torch.tensor([[0.0, 0, 10, 10]])]),
+        crowds=torch.tensor([[15.0, 0, 31, 20], [0.0, 0, 10, 10]]),
+        crowd_image=torch.tensor([1, 1]),
+    )
+    found = IoUAssigner(0.5, 0.5)([candidates, candidates], targets)
+    assert found[:4].tolist() == [BACKGROUND] * 4, "the other image has no crowd"
+    # The first is an object, though a crowd covers it; the third lies in a crowd by exactly one half.
+    assert found[4:].tolist() == [0, IGNORED, IGNORED, BACKGROUND]
+    assert IoUAssigner(0.5, 0.5, crowd=0.6)([candidates, candidates], targets)[6] == BACKGROUND
+    with pytest.raises(ValueError, match="crowd: want a share"):
+        IoUAssigner(0.5, 0.5, crowd=0.0)
 
 
 def test_negatives_per_positive_are_bounded() -> None:

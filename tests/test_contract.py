@@ -2,7 +2,7 @@
 
 What exactly does not mix. Each image of a batch computes what it computes alone *padded to the same size*. Padded to
 its own size only, features differ: the padding holds zeros in the pixels, but biases and norms make it non-zero from
-the first layer on, and group norm averages over it. Assignment and normalisers do not depend on that padding.
+the first layer on, and group norm averages over it. Assignment does not depend on that padding.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import socket
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -172,6 +173,36 @@ def test_assignment_does_not_depend_on_the_size_of_neighbours(name: str) -> None
     assert name == "fcos" or min(together) > 0
     if name != "fcos":
         assert background == sum(number for _, number in alone)
+
+
+@pytest.mark.parametrize("name", ["fcos", "retinanet", "faster_rcnn"])
+def test_a_crowd_takes_background_out_of_the_losses(name: str) -> None:
+    """All of one image is a crowd: its objects stay, its background goes; points (FCOS) know no crowds."""
+    detector = small(name)
+    plain = collate([sample(3, 3, (96, 96)), sample(4, 2, (96, 96))])
+    crowds = replace(plain.targets, crowds=torch.tensor([[0.0, 0, 96, 96]]), crowd_image=torch.tensor([1]))
+    with torch.no_grad():
+        found = [candidates_of(detector, plain, targets) for targets in (plain.targets, crowds)]
+    images, matched = [one.image for one in found], [one.matched for one in found]
+    if name == "faster_rcnn":  # ignored regions are not kept at all
+        counts = [torch.bincount(image[match == -1], minlength=2) for image, match in zip(images, matched, strict=True)]  # type: ignore[index,arg-type]
+        assert counts[0][0] == counts[1][0] > 0 and counts[0][1] > 0 and counts[1][1] == 0
+        assert len(found[1].objectness.scores) < len(found[0].objectness.scores)  # type: ignore[attr-defined]
+        return
+    before, after = matched
+    assert before is not None and after is not None
+    if name == "fcos":
+        assert torch.equal(before, after)
+        return
+    assert torch.equal(before[images[0] == 0], after[images[0] == 0])
+    assert torch.equal(before >= 0, after >= 0)
+    boxes = found[0].anchors[images[0] == 1]  # type: ignore[attr-defined]
+    inside = (boxes.clamp(0, 96)[:, 2:] - boxes.clamp(0, 96)[:, :2]).prod(1) >= 0.5 * (
+        boxes[:, 2:] - boxes[:, :2]
+    ).prod(1)
+    left = after[images[0] == 1] == -1
+    assert int(left.sum()) > 0, "anchors mostly beyond the crowd stay background"
+    assert not bool((left & inside).any())
 
 
 SCRIPT = """

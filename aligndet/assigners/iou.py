@@ -29,10 +29,12 @@ class IoUAssigner:
         least: smallest overlap of a low-quality match.
         low_quality: whether each box takes the candidates nearest to it.
         ties: False gives a box only the first of its nearest candidates.
+        crowd: a candidate that would be BACKGROUND is IGNORED if at least this share of its own area lies in one of
+            the ``crowds`` of its image.
 
     Source:
-        Method section 1.0. Departure: there a box that nothing overlaps takes, with ``least`` 0, everything that
-        overlaps nothing.
+        Method section 1.0. Departures: there a box that nothing overlaps takes, with ``least`` 0, everything that
+        overlaps nothing; and crowds are background.
     """
 
     positive: float
@@ -40,49 +42,43 @@ class IoUAssigner:
     least: float = 0.0
     low_quality: bool = True
     ties: bool = True
+    crowd: float = 0.5
 
     def __post_init__(self) -> None:
         if not 0 <= self.negative <= self.positive <= 1:
             raise ValueError(f"want 0 <= negative <= positive <= 1, got {self.negative} and {self.positive}")
+        if not 0 < self.crowd <= 1:
+            raise ValueError(f"crowd: want a share above 0 and at most 1, got {self.crowd}")
 
-    def __call__(
-        self,
-        candidates: Sequence[Tensor],
-        targets: Targets,
-        *,
-        allowed: Tensor | None = None,
-        regions: Targets | None = None,
-        overlap: float = 0.5,
-    ) -> Tensor:
+    def __call__(self, candidates: Sequence[Tensor], targets: Targets, *, allowed: Tensor | None = None) -> Tensor:
         """The row of ``targets`` for each candidate of each image.
 
         Args:
             candidates: per image float [N_b, 4] xyxy px.
-            targets: M boxes, in the order of their images.
+            targets: M boxes, in the order of their images, and their crowds.
             allowed: bool [sum of N_b]; others are IGNORED and take no part.
-            regions: what is known to hold objects that nobody outlined (crowds). A candidate that would be
-                BACKGROUND is IGNORED if at least ``overlap`` of its own area lies in one of them.
 
         Returns:
             int64 [sum of N_b], images one after another.
         """
         images = len(candidates)
         counts = torch.bincount(targets.image, minlength=images)
-        if regions is not None:
-            counts = torch.cat([counts, torch.bincount(regions.image, minlength=images)])
+        crowds, crowd_image = targets.crowds, targets.crowd_image
+        if crowd_image is not None:
+            counts = torch.cat([counts, torch.bincount(crowd_image, minlength=images)])
         numbers = counts.tolist()  # the one host synchronisation
         starts = [sum(numbers[:image]) for image in range(images)]
         masks = allowed.split([len(boxes) for boxes in candidates]) if allowed is not None else None
-        parts, region = [], 0
+        parts, first = [], 0
         for image, boxes in enumerate(candidates):
             start, number = starts[image], numbers[image]
             mask = None if masks is None else masks[image]
             rows = self._image(boxes, targets.boxes[start : start + number], mask)
             rows = torch.where(rows >= 0, rows + start, rows)
-            if regions is not None:
-                crowd = regions.boxes[region : region + numbers[images + image]]
-                region += len(crowd)
-                rows = torch.where((rows == BACKGROUND) & _covered(boxes, crowd, overlap), IGNORED, rows)
+            if crowds is not None:
+                regions = crowds[first : first + numbers[images + image]]
+                first += len(regions)
+                rows = torch.where((rows == BACKGROUND) & _covered(boxes, regions, self.crowd), IGNORED, rows)
             parts.append(rows)
         return torch.cat(parts)
 

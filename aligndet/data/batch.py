@@ -24,6 +24,7 @@ class Sample:
         image_id: id of the annotation file, or row of the proposal file.
         skipped: a line for each image that could not be read before this one.
         masks: bool [m, H, W], or None.
+        crowds: float32 [r, 4] xyxy px of ``image``, regions of many objects; None: nothing is known of them.
     """
 
     image: Tensor
@@ -34,6 +35,7 @@ class Sample:
     image_id: int
     skipped: tuple[str, ...] = ()
     masks: Tensor | None = None
+    crowds: Tensor | None = None
 
 
 def collate(samples: Sequence[Sample], *, multiple: int = 32, size: tuple[int, int] | None = None) -> Batch:
@@ -53,12 +55,16 @@ def collate(samples: Sequence[Sample], *, multiple: int = 32, size: tuple[int, i
         place[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
     counts = torch.tensor([len(sample.boxes) for sample in samples])
     image = torch.arange(len(samples)).repeat_interleave(counts)
+    crowds = [sample.crowds for sample in samples if sample.crowds is not None]
+    numbers = torch.tensor([0 if sample.crowds is None else len(sample.crowds) for sample in samples])
     targets = Targets(
         boxes=torch.cat([sample.boxes for sample in samples]).float().reshape(-1, 4),
         labels=torch.cat([sample.labels for sample in samples]),
         ids=(image << 32) + torch.cat([sample.ids for sample in samples]),
         image=image,
         masks=_masks(samples, (height, width)),
+        crowds=torch.cat(crowds).float().reshape(-1, 4) if crowds else None,
+        crowd_image=torch.arange(len(samples)).repeat_interleave(numbers) if crowds else None,
     )
     return Batch(
         images=images,

@@ -31,7 +31,7 @@ class CocoAnnotations:
         category_ids: int64 [K], the file's ids of the labels.
         class_names: K names of the labels.
         masks: uint8 [...], the compressed run lengths of all boxes one after another; None where not asked for.
-        mask_offsets: int64 [M + 1], where those of each box start.
+        mask_offsets: int64 [M + 1], where those of each box start; a crowd has none.
         report: reason -> lines that name the annotations left out.
     """
 
@@ -56,6 +56,11 @@ class CocoAnnotations:
         """The rows of the boxes of image ``image`` that are targets: int64 [m]."""
         rows = np.arange(self.offsets[image], self.offsets[image + 1])
         return rows[~self.crowd[rows]]
+
+    def crowds_of(self, image: int) -> np.ndarray:
+        """The boxes of the crowd regions of image ``image``: float32 [r, 4] xyxy px."""
+        rows = np.arange(self.offsets[image], self.offsets[image + 1])
+        return self.boxes[rows[self.crowd[rows]]]
 
     def masks_of(self, rows: np.ndarray, size: tuple[int, int]) -> np.ndarray:
         """The masks of boxes of one image of ``size`` (height, width) px: bool [m, H, W].
@@ -87,8 +92,8 @@ def load_coco(path: str | Path, *, classes: Sequence[str] = (), masks: bool = Fa
     the file says how large the image is. (method section 1.0)
 
     Args:
-        masks: keep the masks too (polygons and both forms of run lengths); annotations without one are left out and
-            reported, and the file has to say how large its images are.
+        masks: keep the masks of objects too (polygons and both forms of run lengths); those without one are left out
+            and reported, and the file has to say how large its images are. Crowd regions count by their boxes.
         classes: keep only these categories, as labels 0 .. K-1 in this order; empty: all, by ascending id.
 
     Raises:
@@ -115,13 +120,13 @@ def load_coco(path: str | Path, *, classes: Sequence[str] = (), masks: bool = Fa
             report.setdefault("category unknown", []).append(f"{name}, category_id {category}")
         elif category in label_of:
             corners, reason = _corners(box, annotation.get("area"), sizes[row_of[image]])
-            mask = b""
-            if masks and not reason:
+            mask, crowd = b"", bool(annotation.get("iscrowd", 0))
+            if masks and not reason and not crowd:
                 mask, reason = run_lengths(annotation.get("segmentation"), sizes[row_of[image]])
             if reason:
                 report.setdefault(reason, []).append(f"{name} of {names[row_of[image]]}, bbox {box}")
             else:
-                kept.append((row_of[image], label_of[category], bool(annotation.get("iscrowd", 0)), corners, mask))
+                kept.append((row_of[image], label_of[category], crowd, corners, mask))
     kept.sort(key=lambda item: item[0])
     counts = np.bincount([row for row, *_ in kept], minlength=len(names)) if kept else np.zeros(len(names), np.int64)
     return CocoAnnotations(

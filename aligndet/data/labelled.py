@@ -21,7 +21,7 @@ class LabelledImages(Dataset[Sample]):
     """Images of an annotation file with their boxes, resized and flipped at random.
 
     Asked for as (index, position), like ``ViewPairs``. Images without a box are left out and counted in
-    ``without_boxes``; crowd regions are no targets.
+    ``without_boxes``; crowd regions are no targets, but travel with them.
 
     Args:
         annotations: boxes and labels.
@@ -30,6 +30,7 @@ class LabelledImages(Dataset[Sample]):
         short_sides: px, one drawn per sample.
         long_side: px, upper bound.
         flip_probability: of the horizontal flip.
+        crowds: False leaves crowd regions out: they are background then, as in the reference.
         on_error: "skip" takes the next image for one that cannot be read.
 
     Raises:
@@ -45,6 +46,7 @@ class LabelledImages(Dataset[Sample]):
         long_side: int,
         rows: np.ndarray | None = None,
         flip_probability: float = 0.5,
+        crowds: bool = True,
         on_error: str = "skip",
         seed: int = 0,
     ) -> None:
@@ -55,7 +57,7 @@ class LabelledImages(Dataset[Sample]):
         if not len(self.rows):
             raise ValueError(f"annotations {annotations.path}: none of the {len(wanted)} images has a usable box")
         self.short_sides, self.long_side = short_sides, long_side
-        self.flip_probability, self.on_error, self.seed = flip_probability, on_error, seed
+        self.flip_probability, self.crowds, self.on_error, self.seed = flip_probability, crowds, on_error, seed
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -67,13 +69,15 @@ class LabelledImages(Dataset[Sample]):
         image, factors = resize(pixels, int(rng.choice(self.short_sides)), self.long_side)
         boxes, labels, rows = _targets(self.annotations, row, pixels)
         boxes = boxes * factors
+        crowds = _crowds(self.annotations, row, pixels) * factors if self.crowds else None
         masks = None if self.annotations.masks is None else _masks(self.annotations, rows, pixels, image)
         if rng.random() < self.flip_probability:
+            crowds = None if crowds is None else flip(image, crowds)[1]
             image, boxes = flip(image, boxes)
             masks = None if masks is None else masks.flip(2)
         original = (pixels.shape[1], pixels.shape[2])
         image_id = int(self.annotations.image_ids[row])
-        return Sample(image, boxes, labels, torch.arange(len(boxes)), original, image_id, skipped, masks)
+        return Sample(image, boxes, labels, torch.arange(len(boxes)), original, image_id, skipped, masks, crowds)
 
     def _load(self, index: int) -> tuple[int, Tensor]:
         row = int(self.rows[index])
@@ -131,6 +135,12 @@ def _targets(annotations: CocoAnnotations, row: int, pixels: Tensor) -> tuple[Te
     boxes = clip(torch.from_numpy(annotations.boxes[rows]), torch.tensor(pixels.shape[1:]))
     inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
     return boxes[inside], torch.from_numpy(annotations.labels[rows])[inside], rows[inside.numpy()]
+
+
+def _crowds(annotations: CocoAnnotations, row: int, pixels: Tensor) -> Tensor:
+    """The crowd regions of an image, clipped to it: float32 [r, 4] xyxy px."""
+    boxes = clip(torch.from_numpy(annotations.crowds_of(row)), torch.tensor(pixels.shape[1:]))
+    return boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
 
 
 def _masks(annotations: CocoAnnotations, rows: np.ndarray, pixels: Tensor, image: Tensor) -> Tensor:

@@ -165,6 +165,7 @@ def _fine_tuning(config: Config, log: Log) -> Stage:
         short_sides=data.short_side,
         long_side=data.long_side,
         flip_probability=data.flip,
+        crowds=data.crowds,
         on_error=data.on_error,
         seed=config.seed,
         rows=rows,

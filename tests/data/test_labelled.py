@@ -145,6 +145,8 @@ def test_training_leaves_out_images_without_boxes_and_scales_the_rest(tmp_path: 
         left = sample.boxes[0, 0].item()
         flipped.add(left)
         assert sample.labels.tolist() == [1, 0], "the crowd is no target"
+        assert sample.crowds is not None
+        assert sample.crowds.tolist() == [[0, 0, 180, 120]]
     assert flipped == {20.0, 180.0 - 80.0}
     with pytest.raises(ValueError, match="none of the 1 images has a usable box"):
         LabelledImages(load_coco(coco(tmp_path)), tmp_path / "train", short_sides=(9,), long_side=9, rows=np.array([1]))
@@ -245,6 +247,32 @@ def test_folders_are_searched_deep_and_links_do_not_loop(tmp_path: Path) -> None
     (tmp_path / "empty").mkdir()
     with pytest.raises(ValueError, match="no file ends in"):
         list_images(tmp_path / "empty")
+
+
+@pytest.mark.parametrize("counts", [[0, 5400], "as text"])
+def test_crowds_travel_with_their_image(tmp_path: Path, counts: Any) -> None:
+    """Resized by 2, mirrored about 180 px, joined with an image without crowds; also where masks are asked for."""
+    if counts == "as text":
+        counts = rle.encode(np.ones((60, 90), dtype=np.uint8, order="F"))["counts"].decode()
+    square = [[10, 20, 40, 20, 40, 35, 10, 35]]
+    crowd = annotation(3, 42, 3, [10, 10, 30, 20], iscrowd=1, segmentation={"size": [60, 90], "counts": counts})
+    objects = [annotation(n, image, 18, [10, 20, 30, 15], segmentation=square) for n, image in ((1, 40), (2, 42))]
+    path = coco(tmp_path, annotations=[*objects, crowd])
+    for masks in (False, True):
+        annotations = load_coco(path, masks=masks)
+        assert annotations.report == {}
+        assert annotations.crowds_of(2).tolist() == [[10, 10, 40, 30]]
+        assert annotations.crowds_of(1).shape == (0, 4)
+        options: dict[str, Any] = {"short_sides": (120,), "long_side": 500, "flip_probability": 1.0}
+        data = LabelledImages(annotations, tmp_path / "train", **options)
+        targets = collate([data[(0, 0)], data[(1, 1)]]).to("cpu").targets
+        assert targets.image.tolist() == [0, 1]
+        assert targets.crowds is not None and targets.crowd_image is not None
+        assert targets.crowds.tolist() == [[100, 20, 160, 60]]
+        assert targets.crowd_image.tolist() == [1]
+        assert (targets.masks is not None) == masks
+        without = LabelledImages(annotations, tmp_path / "train", crowds=False, **options)
+        assert collate([without[(1, 1)]]).targets.crowds is None
 
 
 def test_masks_of_all_three_forms_agree(tmp_path: Path) -> None:

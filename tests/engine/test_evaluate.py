@@ -1,5 +1,7 @@
 """COCO metrics by hand and against a slow version; detections of a data set; predictions on disk."""
 
+import contextlib
+import io
 import json
 import math
 from collections.abc import Iterable
@@ -8,6 +10,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from pycocotools import mask as rle
+from pycocotools.coco import COCO
+from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from aligndet.engine.distributed import single
@@ -133,6 +138,59 @@ def test_only_the_classes_that_are_asked_for_count(tmp_path: Path) -> None:
 def test_crowds_are_neither_found_nor_missed(tmp_path: Path) -> None:
     path = written(tmp_path, {1: [(3, A)]}, iscrowd=1)
     assert math.isnan(coco_metrics(path, {1: found([(0.9, 0, A)])})["AP"])
+
+
+@pytest.mark.parametrize("form", ["list", "text"])
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_detections_on_a_crowd_cost_nothing(tmp_path: Path, iou_type: str, form: str) -> None:
+    """Two surer detections lie in the crowd B, one on the object A: precision stays 1, as pycocotools itself says."""
+    crowd = mask_of(B).numpy().astype(np.uint8)
+    text = rle.encode(np.asfortranarray(crowd))["counts"].decode()
+    path = written(tmp_path, {1: [(3, A), (3, B)]})
+    tree = json.loads(path.read_text())
+    tree["annotations"][0] |= {
+        "segmentation": [[10.0, 10, 50, 10, 50, 50, 10, 50]],
+        "iscrowd": 0,
+        "area": 1600,
+        "id": 1,
+    }
+    lengths = rle_list(crowd) if form == "list" else text
+    tree["annotations"][1] |= {"segmentation": {"size": [211, 307], "counts": lengths}, "id": 2}
+    tree["annotations"][1] |= {"iscrowd": 1, "area": 14400}
+    path.write_text(json.dumps(tree))
+    inside = [[110.0, 30, 150, 60], [120.0, 60, 180, 130]]
+    rows = [(0.9, 0, inside[0]), (0.8, 0, inside[1]), (0.7, 0, A)]
+    item = found(rows, torch.stack([mask_of(box) for _, _, box in rows]))
+    metrics = coco_metrics(path, {1: item}, iou_type)
+    assert metrics["AP"] == pytest.approx(1.0)
+    with contextlib.redirect_stdout(io.StringIO()):
+        truth = COCO(str(path))
+        results = truth.loadRes(
+            [
+                {"image_id": 1, "category_id": 3, "score": score}
+                | {"segmentation": rle.encode(np.asfortranarray(mask_of(box).numpy().astype(np.uint8)))}
+                | {"bbox": [box[0], box[1], box[2] - box[0], box[3] - box[1]]}
+                for score, _, box in rows
+            ]
+        )
+        theirs = COCOeval(truth, results, iou_type)
+        theirs.evaluate()
+        theirs.accumulate()
+        theirs.summarize()
+    expected = [math.nan if value < 0 else value for value in theirs.stats]
+    assert [metrics[name] for name in METRICS] == pytest.approx(expected, nan_ok=True)
+
+
+def rle_list(mask: np.ndarray) -> list[int]:
+    """Plain run lengths of a mask, column by column, zeros first."""
+    columns = mask.flatten(order="F").tolist()
+    lengths, current = [0], 0
+    for value in columns:
+        if value != current:
+            lengths.append(0)
+            current = value
+        lengths[-1] += 1
+    return lengths
 
 
 def test_bad_detections_are_named(tmp_path: Path) -> None:

@@ -104,10 +104,10 @@ def test_from_images_to_metrics(scenes: Path, tmp_path: Path) -> None:
     assert cli.evaluate_weights(["--cfg", str(config), "--weights", model, "--per-class"]) == 0
     again = json.loads((tmp_path / "fine/eval/metrics.json").read_text())
     assert again["AP"] == metrics["AP"]
-    predict = ["predict", "--weights", model, "--images", str(scenes / "images"), "--out", str(tmp_path / "found")]
-    assert cli.main([*predict, "--short-side", "128", "--long-side", "128", "--score-threshold", "0.05", "--draw"]) == 0
+    predict = ["predict", str(scenes / "images"), "--weights", model, "--out", str(tmp_path / "found")]
+    assert cli.main([*predict, "--short-side", "128", "--long-side", "128", "--score-threshold", "0.05"]) == 0
     records = json.loads((tmp_path / "found/detections.json").read_text())
-    assert len(records) == 16
+    assert len(records["images"]) == 16
     assert len(list((tmp_path / "found/drawn").iterdir())) == 16
 
 

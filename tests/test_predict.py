@@ -1,5 +1,6 @@
 """Detections for images in one call."""
 
+import json
 from pathlib import Path
 
 import cv2
@@ -7,7 +8,10 @@ import numpy as np
 import pytest
 import torch
 
+from aligndet.cli import main
+from aligndet.models import build_detector
 from aligndet.predict import predict
+from aligndet.weights import export_detector
 from tests.scenes import small_detector
 
 
@@ -59,3 +63,37 @@ def test_bad_arguments_are_named_and_leave_the_mode(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"broken\.jpg"):
         predict(detector, [broken])
     assert detector.training
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "detr"])
+def test_the_command_writes_coco_results_and_drawings(name: str, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    build = {"name": name, "backbone": "resnet18", "num_classes": 2, "width": 0.25, "channels": 32, "frozen_stages": 1}
+    torch.save(export_detector(build_detector(**build), ["cat", "dog"], build), tmp_path / "model.pt")
+    (tmp_path / "in" / "deep").mkdir(parents=True)
+    for path, image in zip((tmp_path / "one.png", tmp_path / "in" / "deep" / "two.png"), images(), strict=True):
+        cv2.imwrite(str(path), np.ascontiguousarray(image.permute(1, 2, 0).numpy()[..., ::-1]))
+    (tmp_path / "in" / "broken.jpg").write_bytes(b"no image")
+    sides = ["--short-side", "96", "--long-side", "128", "--score-threshold", "0.06"]
+    given = [str(tmp_path / "one.png"), str(tmp_path / "in")]
+    assert (
+        main(["predict", *given, "--weights", str(tmp_path / "model.pt"), "--out", str(tmp_path / "out"), *sides]) == 0
+    )
+    content = json.loads((tmp_path / "out" / "detections.json").read_text())
+    assert [image["file_name"] for image in content["images"]] == ["one.png", "deep/two.png"]
+    assert content["images"][0]["height"] == 61 and content["images"][0]["width"] == 97
+    assert content["categories"] == [{"id": 1, "name": "cat"}, {"id": 2, "name": "dog"}]
+    assert len(content["annotations"]) > 0
+    sizes = {image["id"]: [image["height"], image["width"]] for image in content["images"]}
+    for number, record in enumerate(content["annotations"], 1):
+        assert record["id"] == number and record["category_id"] in (1, 2) and record["score"] >= 0.06
+        assert ("segmentation" in record) == (name == "mask_rcnn")
+        if name == "mask_rcnn":
+            assert record["segmentation"]["size"] == sizes[record["image_id"]]
+    drawn = cv2.imread(str(tmp_path / "out" / "drawn" / "deep" / "two.png.png"))
+    assert drawn.shape == (113, 53, 3)
+    assert (drawn != cv2.imread(str(tmp_path / "in" / "deep" / "two.png"))).any()
+    with pytest.raises(SystemExit) as stopped:
+        broken = str(tmp_path / "in" / "broken.jpg")
+        main(["predict", broken, "--weights", str(tmp_path / "model.pt"), "--out", str(tmp_path / "out")])
+    assert stopped.value.code == 2

@@ -1,19 +1,23 @@
-"""``aligndet predict``: detections of a trained detector on images, as JSON and drawn."""
+"""``aligndet predict``: detections of a trained detector on images, as COCO results and drawn."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import cv2
+import numpy as np
+from pycocotools import mask as run_length
 
 from aligndet.data.folder import list_images
 from aligndet.data.transforms import read_image
 from aligndet.models import folded
-from aligndet.plots.figures import draw_boxes
+from aligndet.plots.figures import COLOURS, draw_boxes, draw_masks
 from aligndet.predict import predict
 from aligndet.structures import Detections
 from aligndet.weights import load_detector
@@ -21,57 +25,90 @@ from aligndet.weights import load_detector
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``aligndet predict``."""
-    parser.add_argument("--weights", required=True, help="model.pt of a fine-tuning run")
-    parser.add_argument("--images", required=True, help="an image, or a folder that is searched recursively")
-    parser.add_argument("--out", required=True, help="folder for detections.json and drawn images")
+    parser.add_argument("images", nargs="+", metavar="IMAGES", help="images, or folders that are searched recursively")
+    parser.add_argument("--weights", required=True, help="model.pt of a fine-tuning run, or of aligndet convert")
+    parser.add_argument("--out", required=True, help="folder for detections.json and the drawn images")
     parser.add_argument("--score-threshold", type=float, default=0.3, help="lowest score kept (default 0.3)")
     parser.add_argument("--short-side", type=int, default=800, help="px the images are resized to (default 800)")
     parser.add_argument("--long-side", type=int, default=1333, help="px, upper bound (default 1333)")
-    parser.add_argument("--draw", action="store_true", help="write each image with its boxes too")
+    parser.add_argument("--no-draw", action="store_true", help="write detections.json only")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Detect, write ``detections.json``: one record per image with file, boxes xyxy px, scores, class names."""
+    """Detect, draw, and write ``detections.json`` in COCO's format: images, categories (ids from 1), annotations.
+
+    Annotations are COCO's results with ids: bbox x, y, width, height px, score, and run lengths where there are masks.
+    Images that cannot be read are named and left out, unless there is only one.
+    """
     detector, classes = load_detector(args.weights)
     detector = folded(detector)
-    root = Path(args.images)
-    names = [root.name] if root.is_file() else list_images(root)
-    root = root.parent if root.is_file() else root
+    files = _files(args.images)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    records, unreadable = [], 0
-    for number, name in enumerate(names, 1):
+    images: list[dict[str, Any]] = []
+    annotations: list[dict[str, Any]] = []
+    unreadable = 0
+    sides = {"short_side": args.short_side, "long_side": args.long_side}
+    for number, (file, name) in enumerate(files, 1):
         try:
-            sides = {"short_side": args.short_side, "long_side": args.long_side}
-            found = predict(detector, [root / name], args.score_threshold, **sides)[0]
+            found = predict(detector, [file], args.score_threshold, **sides)[0]
         except ValueError as error:
-            if len(names) == 1:
+            if len(files) == 1:
                 raise
             unreadable += 1
             print(f"skipped: {error}", file=sys.stderr)
             continue
-        records.append(_record(name, found, classes))
-        if args.draw:
-            _draw(root / name, out / "drawn" / Path(name).with_suffix(".png"), found, classes)
-        print(f"\r{number}/{len(names)} images, {unreadable} unreadable", end="", file=sys.stderr)
+        pixels = read_image(file)
+        images.append({"id": number, "file_name": name, "height": pixels.shape[0], "width": pixels.shape[1]})
+        annotations += _annotations(found, number, len(annotations) + 1)
+        if not args.no_draw:
+            _draw(pixels, out / "drawn" / f"{name}.png", found, classes)
+        print(f"\r{number}/{len(files)} images, {unreadable} unreadable", end="", file=sys.stderr)
     print(file=sys.stderr)
-    (out / "detections.json").write_text(json.dumps(records))
-    print(f"{out / 'detections.json'}: {sum(len(r['boxes']) for r in records)} detections in {len(records)} images")
+    categories = [{"id": label + 1, "name": name} for label, name in enumerate(classes)]
+    content = {"images": images, "categories": categories, "annotations": annotations}
+    path = out / "detections.json"
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(content))
+    os.replace(temporary, path)
+    print(f"{path}: {len(annotations)} detections in {len(images)} images")
     return 0
 
 
-def _record(name: str, found: Detections, classes: tuple[str, ...]) -> dict[str, Any]:
-    return {
-        "file": name,
-        "boxes": found.boxes.round(decimals=2).tolist(),
-        "scores": found.scores.tolist(),
-        "classes": [classes[label] for label in found.labels.tolist()],
-    }
+def _files(arguments: Sequence[str]) -> list[tuple[Path, str]]:
+    """Each image once, with the name it gets in the results: relative to the folder that was given."""
+    found: dict[Path, str] = {}
+    for argument in map(Path, arguments):
+        if argument.is_file():
+            found.setdefault(argument, argument.name)
+        else:
+            for name in list_images(argument):
+                found.setdefault(argument / name, str(name))
+    return list(found.items())
 
 
-def _draw(source: Path, target: Path, found: Detections, classes: tuple[str, ...]) -> None:
-    pairs = zip(found.labels.tolist(), found.scores.tolist(), strict=True)
-    texts = [f"{classes[label]} {score:.2f}" for label, score in pairs]
-    drawn = draw_boxes(read_image(source), found.boxes.numpy(), texts=texts)
+def _annotations(found: Detections, image: int, first: int) -> list[dict[str, Any]]:
+    records = []
+    rows = zip(found.boxes.tolist(), found.scores.tolist(), found.labels.tolist(), strict=True)
+    for number, ((x0, y0, x1, y1), score, label) in enumerate(rows):
+        record: dict[str, Any] = {"id": first + number, "image_id": image, "category_id": label + 1, "score": score}
+        record["bbox"] = [round(value, 2) for value in (x0, y0, x1 - x0, y1 - y0)]
+        record["area"], record["iscrowd"] = round((x1 - x0) * (y1 - y0), 2), 0
+        if found.masks is not None:
+            encoded = run_length.encode(np.asfortranarray(found.masks[number].numpy().astype(np.uint8)))
+            record["area"] = int(run_length.area(encoded))
+            record["segmentation"] = {"size": encoded["size"], "counts": encoded["counts"].decode("ascii")}
+        records.append(record)
+    return records
+
+
+def _draw(pixels: np.ndarray, target: Path, found: Detections, classes: Sequence[str]) -> None:
+    labels = found.labels.tolist()
+    colours = [COLOURS[label % len(COLOURS)] for label in labels] or list(COLOURS)
+    texts = [f"{classes[label]} {score:.2f}" for label, score in zip(labels, found.scores.tolist(), strict=True)]
+    if found.masks is not None:
+        pixels = draw_masks(pixels, found.masks.numpy(), colours=colours)
+    drawn = draw_boxes(pixels, found.boxes.numpy(), colours=colours, texts=texts)
     target.parent.mkdir(parents=True, exist_ok=True)
-    cv2.imwrite(str(target), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR))
+    if not cv2.imwrite(str(target), cv2.cvtColor(drawn, cv2.COLOR_RGB2BGR)):
+        raise ValueError(f"{target}: cannot be written")

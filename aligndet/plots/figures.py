@@ -55,6 +55,23 @@ def draw_boxes(
     return drawn
 
 
+def draw_masks(
+    image: np.ndarray, masks: np.ndarray, *, colours: Sequence[tuple[int, int, int]] = COLOURS, share: float = 0.45
+) -> np.ndarray:
+    """A copy of an image with masks painted over it, the last one on top.
+
+    Args:
+        image: uint8 [H, W, 3] RGB.
+        masks: bool [m, H, W].
+        colours: one per mask, repeated where there are fewer.
+        share: of the colour in the result, 0 .. 1.
+    """
+    drawn = image.astype(np.float32)
+    for index, mask in enumerate(masks):
+        drawn[mask] = (1 - share) * drawn[mask] + share * np.asarray(colours[index % len(colours)], np.float32)
+    return drawn.round().astype(np.uint8)
+
+
 def proposals_figure(path: str | Path, images: Sequence[np.ndarray], boxes: Sequence[np.ndarray]) -> None:
     """A contact sheet of images with their proposals, as PNG."""
     columns = min(4, max(1, len(images)))

@@ -74,14 +74,15 @@ def test_images_and_batches_without_boxes_give_a_gradient_to_every_parameter() -
 
 
 @pytest.mark.slow
-def test_mask_rcnn_overfits_boxes_and_masks(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["faster_rcnn", "mask_rcnn"])
+def test_two_stages_overfit_boxes_and_masks(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     path = make_scenes(tmp_path, images=4, size=128, seed=7, name="train")
     annotations = load_coco(path, masks=True)
     dataset = LabelledImages(annotations, tmp_path / "images", short_sides=(256,), long_side=256, flip_probability=0.0)
     batch = collate([dataset[(index, index)] for index in range(len(dataset))])
     detector = build_detector(
-        "mask_rcnn",
+        name,
         "resnet18",
         num_classes=len(annotations.class_names),
         width=0.5,
@@ -94,7 +95,7 @@ def test_mask_rcnn_overfits_boxes_and_masks(tmp_path: Path) -> None:
     found = overfitted(detector, batch, 1e-3, 200)
     pasted = {number: item.resized((256, 256), (128, 128)) for number, item in zip(batch.image_ids, found, strict=True)}
     assert coco_metrics(path, pasted)["AP"] > 0.9
-    assert coco_metrics(path, pasted, "segm")["AP"] > 0.9
+    assert name == "faster_rcnn" or coco_metrics(path, pasted, "segm")["AP"] > 0.9
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def _names(detector: Detector, new: bool) -> tuple[list[Pair], list[Change]]:
     changes = [reordered("backbone.conv1.", (2, 1, 0), dim=1)] if detector.pixel_std == (1.0, 1.0, 1.0) else []
     pairs: list[Pair] = [("backbone.", "backbone.")]
     if isinstance(detector, DETR):
-        return pairs + (_detr_new(detector) if new else _detr_old(detector)), changes
+        return pairs + _detr(detector, new), changes
     if isinstance(detector, FCOS):
         return pairs + _pyramid(len(detector.neck.lateral), False) + _fcos(), changes
     if isinstance(detector, RetinaNet):
@@ -205,38 +205,23 @@ def _detr_heads() -> list[Pair]:
     ]
 
 
-def _detr_new(detector: DETR) -> list[Pair]:
+def _detr(detector: DETR, new: bool) -> list[Pair]:
+    """3.x (``new``) has the transformer beside the head, 2.x inside it."""
+    inside, root = ("", "") if new else ("bbox_head.", "bbox_head.transformer.")
+    own, cross = ("self_attn", "cross_attn") if new else ("attentions.0", "attentions.1")
+    feed = "ffn" if new else "ffns.0"
     pairs = [
-        ("neck.", "neck.convs.0.conv."),
-        ("head.queries.", "query_embedding."),
-        ("head.norm.", "decoder.post_norm."),
+        ("neck.", "neck.convs.0.conv." if new else "bbox_head.input_proj."),
+        ("head.queries.", f"{inside}query_embedding."),
+        ("head.norm.", f"{root}decoder.post_norm."),
     ]
     for half, i in _layers(detector):
-        here, there = f"head.{half}.{i}", f"{half}.layers.{i}"
+        here, there = f"head.{half}.{i}", f"{root}{half}.layers.{i}"
         pairs += [
-            (f"{here}.attention.", f"{there}.self_attn.attn."),
-            (f"{here}.cross_attention.", f"{there}.cross_attn.attn."),
-            (f"{here}.feed_forward.inner.", f"{there}.ffn.layers.0.0."),
-            (f"{here}.feed_forward.outer.", f"{there}.ffn.layers.1."),
-            (f"{here}.norms.", f"{there}.norms."),
-        ]
-    return pairs + _detr_heads()
-
-
-def _detr_old(detector: DETR) -> list[Pair]:
-    root = "bbox_head.transformer"
-    pairs = [
-        ("neck.", "bbox_head.input_proj."),
-        ("head.queries.", "bbox_head.query_embedding."),
-        ("head.norm.", f"{root}.decoder.post_norm."),
-    ]
-    for half, i in _layers(detector):
-        here, there = f"head.{half}.{i}", f"{root}.{half}.layers.{i}"
-        pairs += [
-            (f"{here}.attention.", f"{there}.attentions.0.attn."),
-            (f"{here}.cross_attention.", f"{there}.attentions.1.attn."),
-            (f"{here}.feed_forward.inner.", f"{there}.ffns.0.layers.0.0."),
-            (f"{here}.feed_forward.outer.", f"{there}.ffns.0.layers.1."),
+            (f"{here}.attention.", f"{there}.{own}.attn."),
+            (f"{here}.cross_attention.", f"{there}.{cross}.attn."),
+            (f"{here}.feed_forward.inner.", f"{there}.{feed}.layers.0.0."),
+            (f"{here}.feed_forward.outer.", f"{there}.{feed}.layers.1."),
             (f"{here}.norms.", f"{there}.norms."),
         ]
     return pairs + _detr_heads()

@@ -22,27 +22,29 @@ from aligndet.engine.prepare import prepare
 from aligndet.version import __version__
 from aligndet.weights import load_detector
 
+# Modules with ``add_arguments(parser)`` and ``run(arguments) -> exit code``.
+TOOLS = {
+    "propose": (propose, "Find boxes of likely objects in images."),
+    "predict": (predictions, "Detect objects in images."),
+    "convert": (convert, "Weights from and to other libraries."),
+    "demo": (demo, "The whole method on generated scenes."),
+}
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    commands = {
-        "train": train,
-        "eval": evaluate_weights,
-        "propose": _propose,
-        "predict": _predict,
-        "convert": _convert,
-        "demo": _demo,
-    }
     parser = argparse.ArgumentParser(
         prog="aligndet",
         description="Pre-train whole object detectors without labels, fine-tune them with few.",
         epilog="aligndet <command> --help shows the options of a command.",
     )
     parser.add_argument("--version", action="version", version=f"aligndet {__version__}")
-    parser.add_argument("command", choices=commands)
+    parser.add_argument("command", choices=["train", "eval", *TOOLS])
     command = parser.parse_args(arguments[:1]).command
-    return commands[command](arguments[1:])
+    if command in TOOLS:
+        return _tool(command, arguments[1:])
+    return (train if command == "train" else evaluate_weights)(arguments[1:])
 
 
 def train(argv: Sequence[str] | None = None) -> int:
@@ -104,36 +106,15 @@ def one_line_errors() -> Iterator[None]:
         raise SystemExit(130) from None
 
 
-def _propose(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="aligndet propose", description="Find boxes of likely objects in images.")
-    propose.add_arguments(parser)
+def _tool(name: str, argv: Sequence[str]) -> int:
+    """One of the commands that need no experiment file."""
+    tool, description = TOOLS[name]
+    parser = argparse.ArgumentParser(prog=f"aligndet {name}", description=description)
+    tool.add_arguments(parser)
     args = parser.parse_args(argv)
     with one_line_errors():
-        return propose.run(args)
-
-
-def _predict(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="aligndet predict", description="Detect objects in images.")
-    predictions.add_arguments(parser)
-    args = parser.parse_args(argv)
-    with one_line_errors():
-        return predictions.run(args)
-
-
-def _convert(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="aligndet convert", description="Weights from and to other libraries.")
-    convert.add_arguments(parser)
-    args = parser.parse_args(argv)
-    with one_line_errors():
-        return convert.run(args)
-
-
-def _demo(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="aligndet demo", description="The whole method on generated scenes.")
-    demo.add_arguments(parser)
-    args = parser.parse_args(argv)
-    with one_line_errors():
-        return demo.run(args)
+        code: int = tool.run(args)
+    return code
 
 
 def _add_config(parser: argparse.ArgumentParser) -> None:

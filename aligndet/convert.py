@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,31 +15,14 @@ from aligndet.protocol import Detector
 from aligndet.weights import export_detector, load_detector, read_weights
 
 OURS = "aligndet"
-BUILDS: dict[str, Callable[[str, Mapping[str, Tensor]], dict[str, Any]]] = {
-    "torchvision": torchvision.build_arguments,
-    "detr": detr.build_arguments,
-    "mmdet": mmdet.build_arguments,
-    "detectron2": detectron2.build_arguments,
-}
-READERS: dict[str, Callable[[str, Mapping[str, Tensor]], Detector]] = {
-    "torchvision": torchvision.from_state_dict,
-    "detr": detr.from_state_dict,
-    "mmdet": mmdet.from_state_dict,
-    "detectron2": detectron2.from_state_dict,
-}
-WRITERS: dict[str, Callable[[Detector], dict[str, Tensor]]] = {
-    "torchvision": torchvision.to_state_dict,
-    "detr": detr.to_state_dict,
-    "mmdet": mmdet.to_state_dict,
-    "detectron2": detectron2.to_state_dict,
-}
+PEERS = {"torchvision": torchvision, "detr": detr, "mmdet": mmdet, "detectron2": detectron2}
 # Under which key the file of a peer holds its tensors; None: at the top.
 WRAPPERS = {"torchvision": None, "detr": "model", "mmdet": "state_dict", "detectron2": "model"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``aligndet convert``."""
-    choices = [OURS, *READERS]
+    choices = [OURS, *PEERS]
     parser.add_argument("--from", dest="source", required=True, choices=choices, help="library that wrote IN")
     parser.add_argument("--to", dest="target", required=True, choices=choices, help="library that shall read OUT")
     parser.add_argument("--name", help="what the model is called there, e.g. fcos_resnet50_fpn; needed unless ours")
@@ -57,9 +40,10 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--name: want what {args.source} calls the model, its builder or config")
     else:
         state = _state(args.source, args.input)
-        detector = READERS[args.source](args.name, state)
+        peer = PEERS[args.source]
+        detector = peer.from_state_dict(args.name, state)
         if args.target == OURS:
-            build = BUILDS[args.source](args.name, state)
+            build = peer.build_arguments(args.name, state)
             content = export_detector(detector, _class_names(args.classes, build["num_classes"]), build)
         else:
             content = _content(args.target, detector, args.input)
@@ -75,7 +59,7 @@ def _content(target: str, detector: Detector, source: str) -> dict[str, Any]:
     if target == OURS:
         raise ValueError(f"{source}: is aligndet's already; want another library for --to")
     try:
-        state = WRITERS[target](detector)
+        state = PEERS[target].to_state_dict(detector)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
     wrapper = WRAPPERS[target]

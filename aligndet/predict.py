@@ -17,7 +17,7 @@ from aligndet.structures import Detections
 def predict(
     detector: Detector,
     images: Sequence[Tensor | str | Path],
-    score_threshold: float = 0.05,
+    score_threshold: float | None = None,
     *,
     short_side: int = 800,
     long_side: int = 1333,
@@ -26,7 +26,8 @@ def predict(
 
     Args:
         images: uint8 [3, H, W] RGB tensors or files.
-        score_threshold: lowest score kept; not below ``detector.score_threshold``, which acts first.
+        score_threshold: lowest score kept, not below ``detector.score_threshold``, which acts first; None: 0.05, or the
+            detector's where that is higher (0.2 for torchvision's FCOS).
         short_side, long_side: px the images are resized to, as in training.
 
     Returns:
@@ -37,6 +38,8 @@ def predict(
     """
     if isinstance(images, (str, Path, Tensor)):
         raise ValueError("images: want a list of tensors or files, got one; pass [image]")
+    if score_threshold is None:
+        score_threshold = max(0.05, detector.score_threshold)
     if score_threshold < detector.score_threshold:
         raise ValueError(
             f"score_threshold: the detector drops scores below {detector.score_threshold}, got {score_threshold}; "

@@ -7,7 +7,7 @@ import torch
 
 from aligndet.assigners import PositivesFirst
 from aligndet.data.batch import collate
-from aligndet.data.coco import load_coco
+from aligndet.data.coco import CocoAnnotations, load_coco
 from aligndet.data.labelled import LabelledImages
 from aligndet.data.synthetic import make_scenes
 from aligndet.engine.evaluate import coco_metrics
@@ -37,13 +37,17 @@ def overfitted(detector: Detector, batch: Batch, rate: float, steps: int) -> lis
         return detector.detect(candidates, batch.sizes)
 
 
+def batch_of_all(annotations: CocoAnnotations, folder: Path, side: int) -> Batch:
+    dataset = LabelledImages(annotations, folder, short_sides=(side,), long_side=side, flip_probability=0.0)
+    return collate([dataset[(index, index)] for index in range(len(dataset))])
+
+
 @pytest.mark.parametrize("name", list(RATES))
 def test_four_images_are_overfitted(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     path = make_scenes(tmp_path, images=4, size=128, seed=7, name="train")
     annotations = load_coco(path)
-    dataset = LabelledImages(annotations, tmp_path / "images", short_sides=(128,), long_side=128, flip_probability=0.0)
-    batch = collate([dataset[(index, index)] for index in range(len(dataset))])
+    batch = batch_of_all(annotations, tmp_path / "images", 128)
     assert len(batch) == 4
     detector = build_detector(
         name,
@@ -79,8 +83,7 @@ def test_two_stages_overfit_boxes_and_masks(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)
     path = make_scenes(tmp_path, images=4, size=128, seed=7, name="train")
     annotations = load_coco(path, masks=True)
-    dataset = LabelledImages(annotations, tmp_path / "images", short_sides=(256,), long_side=256, flip_probability=0.0)
-    batch = collate([dataset[(index, index)] for index in range(len(dataset))])
+    batch = batch_of_all(annotations, tmp_path / "images", 256)
     detector = build_detector(
         name,
         "resnet18",
@@ -103,8 +106,7 @@ def test_detr_overfits_four_images(tmp_path: Path) -> None:
     torch.manual_seed(0)
     path = make_scenes(tmp_path, images=4, size=128, seed=7, name="train")
     annotations = load_coco(path)
-    dataset = LabelledImages(annotations, tmp_path / "images", short_sides=(128,), long_side=128, flip_probability=0.0)
-    batch = collate([dataset[(index, index)] for index in range(len(dataset))])
+    batch = batch_of_all(annotations, tmp_path / "images", 128)
     detector = build_detector(
         "detr",
         "resnet18",

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from aligndet.interop.renaming import Pair, fill, names_there
+from aligndet.interop.renaming import Pair, fill, names_there, transformer_pairs
 from aligndet.models import DETR, build_detector
 from aligndet.protocol import Detector
 
@@ -73,18 +73,14 @@ def _pairs(detector: DETR) -> list[Pair]:
         ("predictors.score.", "class_embed."),
         ("predictors.box.layers.", "bbox_embed.layers."),
     ]
-    layers = [("encoder", i) for i in range(len(detector.head.encoder))]
-    layers += [("decoder", i) for i in range(len(detector.head.decoder))]
-    for half, i in layers:
-        here, there = f"head.{half}.{i}", f"transformer.{half}.layers.{i}"
-        pairs += [
-            (f"{here}.attention.", f"{there}.self_attn."),
-            (f"{here}.cross_attention.", f"{there}.multihead_attn."),
-            (f"{here}.feed_forward.inner.", f"{there}.linear1."),
-            (f"{here}.feed_forward.outer.", f"{there}.linear2."),
-            *((f"{here}.norms.{k}.", f"{there}.norm{k + 1}.") for k in range(3)),
-        ]
-    return pairs
+    parts = {
+        "attention": "self_attn",
+        "cross_attention": "multihead_attn",
+        "feed_forward.inner": "linear1",
+        "feed_forward.outer": "linear2",
+        **{f"norms.{i}": f"norm{i + 1}" for i in range(3)},
+    }
+    return pairs + transformer_pairs(detector.head, "transformer.", parts)
 
 
 def _layers(state_dict: Mapping[str, Tensor], half: str) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aligndet.interop.renaming import Change, Pair, fill, names_there, reordered
+from aligndet.interop.renaming import Change, Pair, fill, names_there, reordered, transformer_pairs
 from aligndet.models import DETR, FCOS, RetinaNet, build_detector
 from aligndet.models.roi_head import BOX_HEADS
 from aligndet.models.two_stage import TwoStage
@@ -215,22 +215,14 @@ def _detr(detector: DETR, new: bool) -> list[Pair]:
         ("head.queries.", f"{inside}query_embedding."),
         ("head.norm.", f"{root}decoder.post_norm."),
     ]
-    for half, i in _layers(detector):
-        here, there = f"head.{half}.{i}", f"{root}{half}.layers.{i}"
-        pairs += [
-            (f"{here}.attention.", f"{there}.{own}.attn."),
-            (f"{here}.cross_attention.", f"{there}.{cross}.attn."),
-            (f"{here}.feed_forward.inner.", f"{there}.{feed}.layers.0.0."),
-            (f"{here}.feed_forward.outer.", f"{there}.{feed}.layers.1."),
-            (f"{here}.norms.", f"{there}.norms."),
-        ]
-    return pairs + _detr_heads()
-
-
-def _layers(detector: DETR) -> list[tuple[str, int]]:
-    return [("encoder", i) for i in range(len(detector.head.encoder))] + [
-        ("decoder", i) for i in range(len(detector.head.decoder))
-    ]
+    parts = {
+        "attention": f"{own}.attn",
+        "cross_attention": f"{cross}.attn",
+        "feed_forward.inner": f"{feed}.layers.0.0",
+        "feed_forward.outer": f"{feed}.layers.1",
+        "norms": "norms",
+    }
+    return pairs + transformer_pairs(detector.head, root, parts) + _detr_heads()
 
 
 def _is_new(state: Mapping[str, Tensor]) -> bool:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aligndet.models.transformer import Transformer
 from aligndet.protocol import Detector
 
 # (prefix of the names here, prefix of the names there); what follows a prefix is the same on both sides.
@@ -109,6 +110,16 @@ def names_there(detector: Detector, pairs: Sequence[Pair], changes: Sequence[Cha
     if foreign:
         raise ValueError(f"no counterpart for {', '.join(foreign)}")
     return found
+
+
+def transformer_pairs(head: Transformer, root: str, parts: Mapping[str, str]) -> list[Pair]:
+    """Names of DETR's layers: ``parts`` of a layer here and there, below ``root`` in which each half has ``layers``."""
+    layers = [("encoder", i) for i in range(len(head.encoder))] + [("decoder", i) for i in range(len(head.decoder))]
+    return [
+        (f"head.{half}.{i}.{here}.", f"{root}{half}.layers.{i}.{there}.")
+        for half, i in layers
+        for here, there in parts.items()
+    ]
 
 
 def _renamed(name: str, pairs: Sequence[Pair]) -> str | None:

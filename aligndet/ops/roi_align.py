@@ -66,9 +66,10 @@ def multilevel_roi_align(
     grid = Grid(size, strides, sampling_ratio, aligned)
     level = level_of(boxes, len(levels))
     if levels[0].device.type == "cpu":
-        say_once(logging.INFO, "roi_align: weighted sums on the processor")
         pooled = by_sums(levels, boxes, image, level, grid)
-        return by_torchvision(levels, boxes, image, level, grid) if pooled is None else pooled
+        if pooled is not None:
+            say_once(logging.INFO, "roi_align: weighted sums on the processor")
+            return pooled
     kernels = _kernels_for(levels, len(boxes), grid)
     if kernels is None:
         return by_torchvision(levels, boxes, image, level, grid)

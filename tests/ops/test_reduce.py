@@ -1,16 +1,10 @@
 """Claims about numbers that all ranks agree on."""
 
-import os
-import socket
-import subprocess
-import sys
-from pathlib import Path
-
 import torch
 
 from aligndet.ops.reduce import mean_over_ranks
+from tests.ranks import on_two_ranks
 
-ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import torch, torch.distributed as dist
 torch.set_num_threads(1)
@@ -33,21 +27,4 @@ def test_alone_the_mean_is_the_value_without_a_graph() -> None:
 
 
 def test_two_ranks_get_the_mean_of_both() -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    environment = os.environ | common | {"PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", SCRIPT],
-            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    for rank in ranks:
-        output, _ = rank.communicate(timeout=120)
-        assert rank.returncode == 0, output
+    on_two_ranks(SCRIPT, timeout=120)

@@ -20,6 +20,8 @@ import yaml
 TASKS = ("pretrain", "finetune", "image_domain")
 PRETRAIN, FINETUNE, IMAGE_DOMAIN = TASKS
 BOXES = (PRETRAIN, FINETUNE)
+MODULES = ("backbone", "neck", "rpn", "head")  # parts of a detector that weights are handed over for
+MISTAKES = ("strides", "labels", "padding", "start", "first", "fallback")  # of the authors' code
 
 
 def knob(
@@ -41,13 +43,18 @@ class ModelConfig:
     backbone_weights: str | None = knob(None)  # file in torchvision's layout, or one of our image-domain runs
     width: float = knob(1.0, above=0)  # channel multiplier of the backbone; 1 is the published network
     norm: str = knob("frozen", choices=("frozen", "affine", "batch", "sync"))  # batch norm of the backbone
-    frozen_stages: int = knob(1, least=0, tasks=(FINETUNE,))  # 1 = stem and first stage; pre-training freezes all
+    frozen_stages: int = knob(1, least=0, tasks=BOXES)  # 1 = stem and first stage; read where the backbone is trained
     # Options of the detector, where it has them; null is the default of its class.
     channels: int | None = knob(None, above=0, tasks=BOXES)  # of neck and head (256)
     convolutions: int | None = knob(None, least=0, tasks=BOXES)  # of each tower of dense heads (4)
     levels: int | None = knob(None, above=0, tasks=BOXES)  # dense: pyramid levels from stride 8 on (5: P3 .. P7)
     centre_radius: float | None = knob(None, above=0, tasks=BOXES)  # fcos: centre sampling, in strides (off)
     box_head: str | None = knob(None, choices=("4conv1fc", "2fc"), tasks=BOXES)  # two-stage detectors (4conv1fc)
+    head_width: int | None = knob(
+        None, above=0, tasks=BOXES
+    )  # two-stage: fully connected layers of the box head (1024)
+    regions: int | None = knob(None, above=0, tasks=(FINETUNE,))  # two-stage: most per image in a training step (512)
+    class_agnostic: bool | None = knob(None, tasks=(FINETUNE,))  # two-stage: one finer box for all classes (false)
     neck_norm: str | None = knob(None, choices=("batch", "sync"), tasks=BOXES)  # after convolutions of the neck (none)
     queries: int | None = knob(None, above=0, tasks=BOXES)  # detr: most objects found in an image (100)
     encoder_layers: int | None = knob(None, least=0, tasks=BOXES)  # detr (6)
@@ -61,7 +68,8 @@ class ModelConfig:
 class DataConfig:
     images: str | None = knob(None, tasks=(PRETRAIN, IMAGE_DOMAIN))  # folder of unlabelled images
     proposals: str | None = knob(None, tasks=(PRETRAIN,))  # file written by `aligndet propose`
-    proposals_per_image: int | None = knob(None, above=0, tasks=(PRETRAIN,))  # random subset per step; None: all
+    proposals_per_image: int | None = knob(None, above=0, tasks=(PRETRAIN,))  # subset per step; None: all
+    proposal_order: str = knob("random", choices=("random", "first"), tasks=(PRETRAIN,))  # which subset
     colour: bool = knob(True, tasks=(PRETRAIN,))  # one colour operation of nine per view
     crop_scale: tuple[float, ...] = knob((0.2, 1.0), above=0, tasks=(IMAGE_DOMAIN,))  # area of the random crops
     train: str | None = knob(None, tasks=(FINETUNE,))  # COCO json
@@ -82,16 +90,28 @@ class DataConfig:
 
 @dataclass(frozen=True)
 class MethodConfig:
+    name: str = knob("aligndet", choices=("aligndet", "soco"), tasks=(PRETRAIN,))  # soco: the paper's competitor
     temperature: float = knob(0.5, above=0, tasks=(PRETRAIN,))  # method 2.6
     embedding: int = knob(256, above=0, tasks=(PRETRAIN,))  # D, outputs of the projection
-    candidates: int = knob(2048, above=0, tasks=(PRETRAIN,))  # most candidates per view, positives first
-    scope: str = knob("batch", choices=("batch", "image"), tasks=(PRETRAIN,))  # `candidates` counts per batch or image
-    background: float = knob(0.0, least=0, tasks=(PRETRAIN,))  # share of `candidates` kept free for background
+    # Sampling of candidates, positives first; null is the detector's own (method 2.5): fcos 2048 per batch, retinanet
+    # 2048 per image, two-stage 4096 per image without background (their RPN with), detr all.
+    candidates: int | None = knob(None, above=0, tasks=(PRETRAIN,))  # most candidates per view
+    scope: str | None = knob(None, choices=("batch", "image"), tasks=(PRETRAIN,))  # what `candidates` counts over
+    background: float | None = knob(None, least=0, tasks=(PRETRAIN,))  # share of them kept free for background
     momentum: float = knob(0.996, least=0, tasks=(PRETRAIN,))  # EMA at step 0, to 1 by a cosine (method 2.1)
     contrast: float = knob(1.0, least=0, tasks=(PRETRAIN,))  # weight of the box-contrastive loss; 0: not computed
     localization: float = knob(1.0, least=0, tasks=(PRETRAIN,))  # weight of the detector's own box losses
+    classification: float = knob(0.0, least=0, tasks=(PRETRAIN,))  # weight of its class loss on pseudo-classes
+    symmetric: bool = knob(False, tasks=(PRETRAIN,))  # both views pass both branches (method 7, row 6)
+    positives: str = knob("keys", choices=("keys", "both"), tasks=(PRETRAIN,))  # of the momentum view, or both (row 1)
+    reduction: str = knob("boxes", choices=("boxes", "queries", "sum"), tasks=(PRETRAIN,))  # of the contrast (row 2)
+    momentum_schedule: str = knob("cosine", choices=("cosine", "constant"), tasks=(PRETRAIN,))  # row 11
+    freeze_backbone: bool = knob(True, tasks=(PRETRAIN,))  # Table 11; soco always trains it
+    mistakes: tuple[str, ...] = knob((), choices=MISTAKES, tasks=(PRETRAIN,))  # see aligndet/reference.py
+    reference_compatible: bool = knob(False, tasks=BOXES)  # all of them, and keep_predictors false
     projection: int = knob(2048, above=0, tasks=(IMAGE_DOMAIN,))  # SimSiam: outputs of the projector
     bottleneck: int = knob(512, above=0, tasks=(IMAGE_DOMAIN,))  # SimSiam: hidden width of the predictor
+    modules: tuple[str, ...] = knob(MODULES, choices=MODULES, tasks=(FINETUNE,))  # handed over from weights (Table 9)
     keep_predictors: bool = knob(True, tasks=(FINETUNE,))  # hand over box and centerness layers (method 7, row 4)
 
 
@@ -127,6 +147,9 @@ class Config:
     threads: int | None = knob(None, above=0)  # CPU threads per rank; None: torch's default
     log_every: int = knob(10, above=0)  # steps
     save_every: int = knob(500, above=0)  # steps
+    eval_every: int | None = knob(
+        None, above=0, tasks=(FINETUNE,)
+    )  # steps; None: only at the end, where data.val is set
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     method: MethodConfig = field(default_factory=MethodConfig)
@@ -246,10 +269,11 @@ def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], key: str) -> An
     converted = _converted(value, want)
     if converted is None:
         raise ValueError(f"{key}: want {_describe(hint)}, got {value!r}")
-    if metadata["choices"] and converted not in metadata["choices"]:
-        near = difflib.get_close_matches(str(converted), metadata["choices"], n=1, cutoff=0.4)
-        hint_text = f"; did you mean {near[0]!r}?" if near else ""
-        raise ValueError(f"{key}: want one of {', '.join(metadata['choices'])}, got {converted!r}{hint_text}")
+    for word in converted if isinstance(converted, tuple) else (converted,):
+        if metadata["choices"] and word not in metadata["choices"]:
+            near = difflib.get_close_matches(str(word), metadata["choices"], n=1, cutoff=0.4)
+            hint_text = f"; did you mean {near[0]!r}?" if near else ""
+            raise ValueError(f"{key}: want one of {', '.join(metadata['choices'])}, got {word!r}{hint_text}")
     for number in converted if isinstance(converted, tuple) else (converted,):
         if isinstance(number, (int, float)) and not isinstance(number, bool):
             above, least = metadata["above"], metadata["least"]
@@ -331,16 +355,22 @@ def _check_task_combinations(config: Config) -> None:
     if config.task == IMAGE_DOMAIN and config.model.norm == "frozen" and not config.model.backbone.startswith("swin"):
         raise ValueError("model.norm: a backbone trained from random weights needs norms that learn: batch or sync")
     if config.task == PRETRAIN:
-        if method.contrast < 0 or method.localization < 0 or not method.contrast + method.localization > 0:
-            raise ValueError("method.contrast, method.localization: want weights >= 0 of which one is above 0")
-        if not 0 <= method.momentum <= 1 or not 0 <= method.background <= 1:
+        if method.contrast + method.localization + method.classification == 0:
+            raise ValueError("method.contrast, .localization, .classification: want one of them above 0")
+        if not 0 <= method.momentum <= 1 or not 0 <= (method.background or 0.0) <= 1:
             raise ValueError("method.momentum, method.background: want numbers in 0 .. 1")
     if config.task == IMAGE_DOMAIN and (len(data.crop_scale) != 2 or not data.crop_scale[0] <= data.crop_scale[1] <= 1):
         raise ValueError(f"data.crop_scale: want two ascending shares in 0 .. 1, got {list(data.crop_scale)}")
     if config.task == FINETUNE and config.weights and config.model.backbone_weights:
         raise ValueError("weights, model.backbone_weights: want one of the two; weights contain a backbone already")
+    if config.eval_every is not None and data.val is None:
+        raise ValueError("eval_every: has no effect without data.val")
     if config.task == FINETUNE and not method.keep_predictors and not config.weights:
         raise ValueError("method.keep_predictors: has no effect without weights")
+    if config.task == FINETUNE and not config.weights and (method.modules != MODULES or method.reference_compatible):
+        raise ValueError("method.modules, method.reference_compatible: have no effect without weights")
+    if config.task == FINETUNE and not method.modules:
+        raise ValueError(f"method.modules: want some of {', '.join(MODULES)}, got none")
 
 
 def _plain(value: Any, task: str) -> Any:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,23 +16,31 @@ from aligndet.losses.contrastive import box_contrastive_loss
 from aligndet.protocol import Detector
 from aligndet.structures import Batch
 
+# Similarities held at once; more are computed in portions, and once more in the backward pass. 256 MiB of float32.
+PAIRS = 2**26
+
 
 class AlignDet(nn.Module):
     """A detector with its frozen backbone, an online and a momentum branch, and two views -> losses.
 
     The detector gets a projection in the place of its class scores and is changed in place. Its backbone is frozen and
     shared by both branches; everything else is copied as the momentum branch, an exact copy at step 0, which afterwards
-    only changes through ``engine.ema``.
+    only changes through ``engine.ema``. What learns from masks alone stays as it is.
 
     Args:
         detector: any detector of the protocol, its backbone already pre-trained.
         embedding: D, outputs of the projection.
-        candidates: most candidates kept per view, positives first (method section 2.5).
-        scope: "batch" or "image": what ``candidates`` counts over.
-        background: share of ``candidates`` that is kept free for background.
+        candidates, scope, background: how many candidates are kept per view, counted over a "batch" or an "image", and
+            the share of them that is kept free for background; None: what ``detector.sampling`` says.
         temperature: positive; divides cosine similarities.
         contrast: weight of the box-contrastive loss; at 0 there is no projection and no momentum branch.
         localization: weight of the detector's own box losses.
+        classification: weight of its classification loss on pseudo-classes (``Targets.labels``, 0 .. K-1); at 0 the
+            class scores are removed.
+        positives, own_keys, reduction: see ``box_contrastive_loss``.
+        symmetric: each view passes both branches and has all losses, at twice the cost.
+        freeze_backbone: False trains what the detector leaves trainable of its backbone, and averages it as the rest.
+        start: a detector like the first, whose weights the momentum branch starts from; None: a copy of the first.
 
     Source:
         AlignDet (arXiv:2307.11077), section 3.2 and algorithm 1; departures in docs/decisions.md.
@@ -40,27 +51,40 @@ class AlignDet(nn.Module):
         detector: Detector,
         *,
         embedding: int = 256,
-        candidates: int = 2048,
-        scope: str = "batch",
-        background: float = 0.0,
+        candidates: int | None = None,
+        scope: str | None = None,
+        background: float | None = None,
         temperature: float = 0.5,
         contrast: float = 1.0,
         localization: float = 1.0,
+        classification: float = 0.0,
+        positives: str = "keys",
+        own_keys: bool = False,
+        reduction: str = "boxes",
+        symmetric: bool = False,
+        freeze_backbone: bool = True,
+        start: Detector | None = None,
     ) -> None:
         super().__init__()
-        if contrast < 0 or localization < 0 or contrast + localization == 0:
-            raise ValueError(f"want loss weights >= 0 of which one is above 0, got {contrast} and {localization}")
-        self.temperature, self.contrast, self.localization = temperature, contrast, localization
-        detector.backbone.requires_grad_(False)
-        detector.sample = PositivesFirst(limit=candidates, scope=scope, background=background)
-        if "score" in detector.predictors:
-            del detector.predictors["score"]
-        self.momentum: Detector | None = None
-        if contrast > 0:
-            detector.predictors["embedding"] = detector.score_layer(embedding, hidden=True)
-            # The memo puts an empty module where the copy would hold a second backbone.
-            self.momentum = copy.deepcopy(detector, {id(detector.backbone): nn.Identity()}).requires_grad_(False)
-            self.momentum.localizes = False
+        weights = (contrast, localization, classification)
+        if min(weights) < 0 or sum(weights) == 0:
+            raise ValueError(f"want loss weights >= 0 of which one is above 0, got {weights}")
+        self.contrast, self.localization, self.classification = weights
+        self.temperature, self.positives, self.own_keys, self.reduction = temperature, positives, own_keys, reduction
+        self.symmetric, self.frozen = symmetric, freeze_backbone
+        for branch in (detector, *([] if start is None else [start])):
+            if "score" in branch.predictors and not classification:
+                del branch.predictors["score"]
+            if contrast > 0:
+                branch.predictors["embedding"] = branch.score_layer(embedding, hidden=True)
+            branch.needs_masks = False
+            for part in branch.mask_parts():
+                part.requires_grad_(False)
+            branch.sample = sampler_of(branch.sampling, candidates, scope, background)
+            branch.sample_anchors = None if branch.sample is None else replace(branch.sample, negatives=None)
+        if freeze_backbone:
+            detector.backbone.requires_grad_(False)
+        self.momentum = _average_of(detector, start or detector, freeze_backbone) if contrast > 0 else None
         self.online = detector
         self.train(self.training)
 
@@ -69,39 +93,113 @@ class AlignDet(nn.Module):
 
         Equal ``targets.ids`` in the two views mean the same box. A box that one view lacks costs no contrast.
         """
-        first, second = self._features(view1, view2)
+        views = (view1, view2)
+        online, momentum = self._features(views)
+        losses = self._one_way(online[0], view1, momentum[-1], view2)
+        if not self.symmetric:
+            return losses
+        back = self._one_way(online[1], view2, momentum[0], view1)
+        return {name: (loss + back[name]) / 2 for name, loss in losses.items()}
+
+    def train(self, mode: bool = True) -> AlignDet:
+        """Train or evaluation mode of both branches; a frozen backbone always stays in evaluation mode."""
+        super().train(mode)
+        if self.frozen:
+            self.online.backbone.eval()
+        return self
+
+    def left_behind(self) -> list[str]:
+        """Names of the parts of the online branch that no later task can use: projection, pseudo-classes, masks."""
+        names = {id(part): name for name, part in self.online.named_modules()}
+        return ["predictors.embedding", "predictors.score", *(names[id(part)] for part in self.online.mask_parts())]
+
+    def _one_way(self, first: list[Tensor], view1: Batch, second: list[Tensor], view2: Batch) -> dict[str, Tensor]:
+        """The losses of the online branch on ``view1``, with keys of the momentum branch on ``view2``."""
         online = self.online.candidates(first, view1.sizes, view1.targets)
         losses = self.online.localization_loss(online, view1.targets)
         losses = {name: self.localization * loss for name, loss in losses.items()}
+        if self.classification:
+            named = self.online.classification_loss(online, view1.targets)
+            losses |= {name: self.classification * loss for name, loss in named.items()}
         if self.momentum is not None:
             with torch.no_grad():
                 momentum = self.momentum.candidates(second, view2.sizes, view2.targets)
             assert online.embeddings is not None and momentum.embeddings is not None
+            total = len(online.embeddings) + len(momentum.embeddings)
             losses["contrast"] = self.contrast * box_contrastive_loss(
                 online.embeddings,
                 online.box_ids(view1.targets),
                 momentum.embeddings,
                 momentum.box_ids(view2.targets),
                 temperature=self.temperature,
+                chunk=None if len(online.embeddings) * total <= PAIRS else max(1, PAIRS // total),
+                positives=self.positives,
+                own_keys=self.own_keys,
+                reduction=self.reduction,
             )
         return losses
 
-    def train(self, mode: bool = True) -> AlignDet:
-        """Train or evaluation mode of both branches; the frozen backbone always stays in evaluation mode."""
-        super().train(mode)
-        self.online.backbone.eval()
-        return self
-
-    @torch.no_grad()
-    def _features(self, view1: Batch, view2: Batch) -> tuple[list[Tensor], list[Tensor]]:
-        """The frozen backbone's features of both views, from one pass over the two as one batch."""
+    def _features(self, views: tuple[Batch, Batch]) -> tuple[list[list[Tensor]], list[list[Tensor]]]:
+        """Backbone features of each view for the online and the momentum branch; views not read are left out."""
+        read = views if self.symmetric else views[:1]
+        if self.frozen:
+            with torch.no_grad():
+                shared = _features_of(self.online, read if self.momentum is None else views)
+            return shared, shared
+        online = _features_of(self.online, read)
         if self.momentum is None:
-            return self.online.features(view1.images, view1.sizes), []
-        height = max(view1.images.shape[2], view2.images.shape[2])
-        width = max(view1.images.shape[3], view2.images.shape[3])
-        images = torch.cat([_padded(view.images, height, width) for view in (view1, view2)])  # [2B, 3, H, W]
-        features = self.online.features(images, torch.cat([view1.sizes, view2.sizes]))
-        return [level[: len(view1)] for level in features], [level[len(view1) :] for level in features]
+            return online, online
+        with torch.no_grad():
+            return online, _features_of(self.momentum, views if self.symmetric else views[1:])
+
+
+def sampler_of(
+    own: PositivesFirst | None, candidates: int | None, scope: str | None, background: float | None
+) -> PositivesFirst | None:
+    """A detector's own sampling with what is not None changed; a background share lifts its bound on background.
+
+    Raises:
+        ValueError: ``scope`` or ``background`` for a detector that keeps everything, without ``candidates``.
+    """
+    if own is None and candidates is None:
+        if scope is not None or background is not None:
+            raise ValueError("scope, background: this detector keeps all candidates; set candidates as well")
+        return None
+    wanted: dict[str, Any] = {"limit": candidates, "scope": scope, "background": background}
+    changed = replace(own or PositivesFirst(1), **{name: value for name, value in wanted.items() if value is not None})
+    return replace(changed, negatives=None) if background else changed
+
+
+def _average_of(detector: Detector, start: Detector, share_backbone: bool) -> Detector:
+    """The momentum branch: ``start`` without what it never reads, and what both branches have in common uncopied."""
+    # The memo of a deep copy puts its values in the place of what would be copied: an empty module for what the branch
+    # never reads, the very same module for what is tied.
+    unread = [*([start.backbone] if share_backbone else []), *start.mask_parts()]
+    if "score" in start.predictors:
+        unread.append(start.predictors["score"])
+    memo: dict[int, Any] = {id(module): nn.Identity() for module in unread}
+    memo |= {id(own): module for own, module in zip(start.tied_parts(), detector.tied_parts(), strict=True)}
+    average = copy.deepcopy(start, memo)
+    if "score" in average.predictors:
+        del average.predictors["score"]
+    tied = {id(value) for module in detector.tied_parts() for value in module.parameters()}
+    for value in average.parameters():
+        if id(value) not in tied:
+            value.requires_grad_(False)
+    average.localizes = False
+    return average
+
+
+def _features_of(branch: Detector, views: Sequence[Batch]) -> list[list[Tensor]]:
+    """The backbone's features of each view, from one pass over all of them as one batch."""
+    if len(views) == 1:
+        return [branch.features(views[0].images, views[0].sizes)]
+    height = max(view.images.shape[2] for view in views)
+    width = max(view.images.shape[3] for view in views)
+    images = torch.cat([_padded(view.images, height, width) for view in views])  # [2B, 3, H, W]
+    features = branch.features(images, torch.cat([view.sizes for view in views]))
+    counts = [len(view) for view in views]
+    return [list(parts) for parts in zip(*(level.split(counts) for level in features), strict=True)]
 
 
 def _padded(images: Tensor, height: int, width: int) -> Tensor:

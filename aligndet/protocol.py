@@ -6,12 +6,15 @@ abstract methods gets all of them.
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
+from aligndet.assigners.sampling import PositivesFirst
+from aligndet.ops.roi_align import multilevel_roi_align
 from aligndet.structures import Candidates, Detections, Targets
 
 # (matched int64 [N], image int64 [N]) -> int64 [n], the rows that are kept
@@ -29,6 +32,8 @@ class Detector(nn.Module, ABC):
         size_divisor: images are padded to a multiple of it, px.
         sample: which of the matched candidates to keep; None keeps what the detector keeps by itself. Asked once per
             call of ``candidates`` with targets, before any embedding is computed: only kept candidates pay for one.
+        sample_anchors: the same for the anchors of a first stage, where there is one.
+        sampling: the ``sample`` that suits the detector while it has no labels; None: all candidates.
         needs_masks: whether it learns from ``Targets.masks``.
         localizes: False says that nobody will read the box outputs; a detector whose assignment does not depend on them
             may then leave them out.
@@ -41,6 +46,8 @@ class Detector(nn.Module, ABC):
     size_divisor: int = 32
     score_threshold: float = 0.05
     sample: Sampler | None = None
+    sample_anchors: Sampler | None = None
+    sampling: PositivesFirst | None = PositivesFirst(2048, "image")
     localizes: bool = True
     needs_masks: bool = False
 
@@ -73,6 +80,25 @@ class Detector(nn.Module, ABC):
     def detect(self, candidates: Candidates, sizes: Tensor) -> list[Detections]:
         """Threshold, suppress, rank: one Detections per image, boxes in px of the batch tensor clipped to ``sizes``."""
 
+    def mask_parts(self) -> list[nn.Module]:
+        """The parts that learn from ``Targets.masks`` alone; by default none."""
+        return []
+
+    def tied_parts(self) -> list[nn.Module]:
+        """The parts that a second branch of the detector shares with it instead of copying; by default none."""
+        return []
+
+    def region_features(self, features: list[Tensor], boxes: Tensor, image: Tensor, height: int) -> Tensor:
+        """What the detector's shared layers know of given boxes: float [N, F]; by default the coarsest features' mean.
+
+        Args:
+            features: the backbone's outputs.
+            boxes: float32 [N, 4] xyxy px.
+            image: int64 [N], 0 .. B-1.
+            height: px of the padded images.
+        """
+        return pooled_mean(features[-1:], boxes, image, height)
+
     def features(self, images: Tensor, sizes: Tensor) -> list[Tensor]:
         """The backbone's outputs for uint8 images [B, 3, H, W] of the given ``sizes`` int64 [B, 2]."""
         return list(self.backbone(normalise(images, sizes, self.pixel_mean, self.pixel_std)))
@@ -96,3 +122,15 @@ def normalise(images: Tensor, sizes: Tensor, mean: tuple[float, ...], std: tuple
     inside = rows[:, None, :, None] & columns[:, None, None, :]  # [B, 1, H, W]
     images = images.to(torch.float32, memory_format=torch.channels_last)
     return (images - offset) / scale * inside
+
+
+def pooled_mean(levels: list[Tensor], boxes: Tensor, image: Tensor, height: int) -> Tensor:
+    """The mean over each box of a feature map, from the map of the box's size: float [N, C].
+
+    Args:
+        levels: maps [B, C, H_l, W_l], fine to coarse; their strides follow from ``height``.
+        boxes, image, height: see ``Detector.region_features``.
+    """
+    strides = tuple(2 ** round(math.log2(height / level.shape[2])) for level in levels)
+    pooled = multilevel_roi_align(levels, boxes, image, 7, strides=strides, canonical=14.0 * strides[0])
+    return pooled.mean(dim=(2, 3))

@@ -5,19 +5,20 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from aligndet.config import MODULES
 from aligndet.models import build_detector
 from aligndet.models.backbones.swin import Swin, from_official, resized_tables
 from aligndet.pretrain import AlignDet
 from aligndet.protocol import Detector
+from aligndet.soco import SoCo
 
-MODULES = ("backbone", "neck", "rpn", "head")
 # Layers of an image classifier that no detector has; leaving them out of a backbone file is not a loss.
 CLASSIFIERS = ("fc.", "classifier.", "head.")
 
@@ -25,6 +26,8 @@ CLASSIFIERS = ("fc.", "classifier.", "head.")
 DERIVED, FRESH = ("num_batches_tracked", "relative_position_index"), ("norms.",)
 # One tensor by which each family of backbones is recognised, wherever in a file it stands.
 LANDMARKS = ("layer1.0.conv1.weight", "features.0.0.weight", "patch_embed.proj.weight")
+
+BOX = "predictors.box."  # the only layer of which there may be one for any class or one for each
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class Report:
         kept: names of the model's tensors that keep the values they had.
         unused: names in the file that the model has no place for.
         mismatched: "name: file [shape], model [shape]" of tensors that exist in both but differ in shape.
+        tiled: names, among ``loaded``, of box layers for any class that were repeated for each class of the model.
     """
 
     source: str
@@ -44,10 +48,12 @@ class Report:
     kept: tuple[str, ...]
     unused: tuple[str, ...]
     mismatched: tuple[str, ...]
+    tiled: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         lines = [f"{self.source}: {len(self.loaded)} tensors loaded ({_summary(self.loaded)})"]
-        for title, names in (("keep their values", self.kept), ("unused in the file", self.unused)):
+        rest = (("repeated for each class", self.tiled), ("keep their values", self.kept))
+        for title, names in (*rest, ("unused in the file", self.unused)):
             if names:
                 lines.append(f"  {len(names)} {title}: {_summary(names)}")
         lines += [f"  shape differs, {line}" for line in self.mismatched]
@@ -106,21 +112,28 @@ def load_backbone(detector: Detector | nn.Module, path: str | Path) -> Report:
     return report
 
 
-def export_pretrained(module: AlignDet) -> dict[str, Any]:
-    """The online branch without the projection, ready for ``torch.save`` and ``load_pretrained``.
+def export_pretrained(module: AlignDet | SoCo, build: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """What pre-training has taught the online branch, ready for ``torch.save`` and ``load_pretrained``.
 
     The paper hands over everything but the projection; the online branch, not its average, is what the reference hands
-    over (method section 5.1).
+    over (method section 5.1). Pseudo-class scores and mask layers stay behind too: no later task has those classes, and
+    the masks have learned nothing. Of SoCo it is the backbone, the neck and the box head.
+
+    Args:
+        build: the arguments of ``build_detector`` that the detector was built with; ``aligndet convert`` needs them.
     """
     state = module.online.state_dict()
-    kept = {name: value.cpu() for name, value in state.items() if not name.startswith("predictors.embedding.")}
-    return {"kind": "pretrained", "format": 1, "detector": kept}
+    dropped = tuple(f"{name}." for name in module.left_behind())
+    kept = {name: value.cpu() for name, value in state.items() if not name.startswith(dropped)}
+    return {"kind": "pretrained", "format": 1, "detector": kept, "build": dict(build or {})}
 
 
 def load_pretrained(
     detector: Detector, path: str | Path, modules: Sequence[str] = MODULES, keep_predictors: bool = True
 ) -> Report:
     """Start a detector from the file of a pre-training run, where shapes fit.
+
+    A box layer for any class is repeated for each class of a detector with one for each (two-stage detectors).
 
     Args:
         path: file written from ``export_pretrained`` (or ``export_detector``: the class scores then fit or are left).
@@ -131,20 +144,27 @@ def load_pretrained(
         ValueError: unknown module names, or nothing in the file fits the detector.
     """
     unknown = [name for name in modules if name not in MODULES]
-    if unknown:
-        raise ValueError(f"modules: want some of {', '.join(MODULES)}, got {', '.join(unknown)}")
+    if unknown or not modules:
+        raise ValueError(f"modules: want some of {', '.join(MODULES)}, got {', '.join(unknown) or 'none'}")
     state = _tensors(read_weights(path), ("detector", "state_dict", "model"), path)
     wanted = {name: value for name, value in state.items() if _module_of(name) in modules}
     if not keep_predictors:
         wanted = {name: value for name, value in wanted.items() if not name.startswith("predictors.")}
-    report = _fill(detector, wanted, str(path))
+    own = detector.state_dict()
+    tiled = tuple(name for name, value in wanted.items() if name.startswith(BOX) and _repeats(value, own.get(name)) > 1)
+    for name in tiled:
+        wanted[name] = torch.cat([wanted[name]] * _repeats(wanted[name], own[name]))
+    report = replace(_fill(detector, wanted, str(path)), tiled=tiled)
     for part in modules:
         fits = [name for name in report.loaded if _module_of(name) == part]
-        if not fits and any(_module_of(name) == part for name in detector.state_dict()):
+        there = [name for name in wanted if _module_of(name) == part]
+        if there and not fits and any(_module_of(name) == part for name in own):
             raise ValueError(
                 f"weights {path}: no tensor fits the {part} of this detector; was it made with another backbone, "
                 f"width, channels or convolutions?{' For example ' + report.mismatched[0] if report.mismatched else ''}"
             )
+    if not report.loaded:
+        raise ValueError(f"weights {path}: holds nothing of {', '.join(modules)} for this detector")
     return report
 
 
@@ -195,6 +215,13 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
     averaged = re.compile(r"(_k\.|_k$|momentum|ema|target)")
     prefix = min(prefixes, key=lambda text: (bool(averaged.search(text)), len(text), text))
     return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+
+
+def _repeats(value: Tensor, own: Tensor | None) -> int:
+    """How many copies of ``value``, one after another, have the shape of ``own``; 0: no number of them."""
+    if own is None or value.ndim == 0 or own.shape[1:] != value.shape[1:] or own.shape[0] % value.shape[0]:
+        return 0
+    return int(own.shape[0] // value.shape[0])
 
 
 def _module_of(name: str) -> str:

@@ -16,7 +16,7 @@ LAYERS = {
     **dict.fromkeys(("protocol", "assigners", "losses"), 2),
     **dict.fromkeys(("models", "data"), 3),
     "plots": 3,
-    **dict.fromkeys(("pretrain", "finetune", "image_domain"), 4),
+    **dict.fromkeys(("pretrain", "finetune", "image_domain", "soco", "reference"), 4),
     "weights": 5,
     "predict": 5,
     "interop": 5,
@@ -27,7 +27,7 @@ LAYERS = {
     **dict.fromkeys(("cli", "__main__", "__init__", "train", "eval"), 9),
 }
 # Same layer, but one may use the other.
-ALLOWED = {("cli", "__main__")}
+ALLOWED = {("cli", "__main__"), ("assigners", "protocol")}
 
 
 def part_of(path: Path) -> str:

@@ -103,6 +103,6 @@ def test_differences_name_the_changed_keys() -> None:
 
 def test_defaults_are_the_method_s_numbers() -> None:
     config = Config()
-    assert (config.method.temperature, config.method.embedding, config.method.candidates) == (0.5, 256, 2048)
+    assert (config.method.temperature, config.method.embedding, config.method.candidates) == (0.5, 256, None)
     assert (config.method.momentum, config.optim.lr, config.optim.weight_decay) == (0.996, 0.01, 1e-4)
     assert config.data.short_side == (640, 672, 704, 736, 768, 800)

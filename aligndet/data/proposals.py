@@ -8,6 +8,7 @@ are rows ``offsets[i]`` to ``offsets[i + 1]`` of ``boxes``.
     sizes    int32 [n, 2], (height, width) px as decoded, EXIF orientation applied
     offsets  int64 [n + 1], ascending from 0 to M
     boxes    float32 [M, 4] xyxy px of the original image, half-open, largest area first within an image
+    labels   int32 [M], pseudo-class of each box, 0 .. K-1; only in files of ``aligndet cluster``, K is in parameters
 
 Images that could not be searched are in ``failures`` and have no row. The same images and parameters give the same
 bytes: there is no time stamp in the file.
@@ -55,6 +56,7 @@ class ProposalFile:
         parameters: settings of the search and the filter.
         versions: of the libraries that made it.
         failures: reason for each image that could not be searched; these have no row.
+        labels: int32 [M], 0 .. ``clusters`` - 1, or None in files without pseudo-classes.
     """
 
     path: Path
@@ -65,12 +67,25 @@ class ProposalFile:
     parameters: dict[str, Any]
     versions: dict[str, str]
     failures: dict[str, str]
+    labels: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.names)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return open_proposals, (self.path,)
+
+    @property
+    def clusters(self) -> int | None:
+        """How many pseudo-classes the file has, or None."""
+        return None if self.labels is None else int(self.parameters["clusters"])
+
+    def labels_of(self, row: int) -> np.ndarray:
+        """The pseudo-classes of image ``row``: int64 [m]; zeros in files without any."""
+        start, end = int(self.offsets[row]), int(self.offsets[row + 1])
+        if self.labels is None:
+            return np.zeros(end - start, dtype=np.int64)
+        return np.array(self.labels[start:end], dtype=np.int64)
 
     def boxes_of(self, row: int) -> np.ndarray:
         """The boxes of image ``row``: float32 [m, 4] xyxy px, a copy in memory; [0, 4] where it has none."""
@@ -84,7 +99,9 @@ def write_proposals(
     sizes: Sequence[tuple[int, int]] | np.ndarray,
     boxes_per_image: Sequence[np.ndarray],
     parameters: Mapping[str, Any],
+    *,
     failures: Mapping[str, str] | None = None,
+    labels: np.ndarray | None = None,
 ) -> None:
     """Write a proposal file in one step: a crash leaves the old file or none, never half a file.
 
@@ -97,6 +114,7 @@ def write_proposals(
         boxes_per_image: float [m_i, 4] xyxy px of each.
         parameters: JSON values; what the boxes were made with.
         failures: reason for each image that has no row.
+        labels: int [M], pseudo-class of each box; ``parameters["clusters"]`` then says how many there are.
 
     Raises:
         ValueError: lengths disagree, a name occurs twice, or boxes are not [m, 4].
@@ -127,6 +145,8 @@ def write_proposals(
             np.lib.format.write_array_header_1_0(member, header)
             for boxes in boxes_per_image:
                 member.write(np.ascontiguousarray(boxes, dtype="<f4").tobytes())
+        if labels is not None:
+            _write_array(archive, "labels", np.asarray(labels, dtype="<i4"))
 
 
 def open_proposals(path: str | Path) -> ProposalFile:
@@ -148,16 +168,18 @@ def open_proposals(path: str | Path) -> ProposalFile:
                 raise ValueError(f"no {', '.join(absent)} among its members {archive.namelist()}")
             small = {name: _read_array(archive, name) for name in MEMBERS[:-1]}
             boxes = _map_array(archive, path, "boxes")
+            labels = _map_array(archive, path, "labels") if "labels.npy" in archive.namelist() else None
         meta = _checked_meta(small["meta"])
+        if labels is not None:
+            _check_labels(labels, len(boxes), meta["parameters"].get("clusters"))
         _check_arrays(small["names"], small["sizes"], small["offsets"], boxes)
     except zipfile.BadZipFile as error:
         raise ValueError(f"proposals {path}: cut short or not a proposal file ({error})") from None
     except (ValueError, EOFError) as error:
         raise ValueError(f"proposals {path}: not a proposal file of `aligndet propose`: {error}") from None
     names = tuple(small["names"].tolist())
-    return ProposalFile(
-        path, names, small["sizes"], small["offsets"], boxes, meta["parameters"], meta["versions"], meta["failures"]
-    )
+    arrays = (small["sizes"], small["offsets"], boxes)
+    return ProposalFile(path, names, *arrays, meta["parameters"], meta["versions"], meta["failures"], labels)
 
 
 def library_versions() -> dict[str, str]:
@@ -255,3 +277,13 @@ def _check_arrays(names: np.ndarray, sizes: np.ndarray, offsets: np.ndarray, box
             raise ValueError(f"{name}: want {list(shape)} of kind {kind!r}, got {list(array.shape)} {array.dtype}")
     if offsets[0] != 0 or offsets[-1] != total or (np.diff(offsets) < 0).any():
         raise ValueError(f"offsets: want them ascending from 0 to {total}, got {offsets[0]} to {offsets[-1]}")
+
+
+def _check_labels(labels: np.ndarray, boxes: int, clusters: object) -> None:
+    if labels.shape != (boxes,) or labels.dtype.kind != "i" or not isinstance(clusters, int):
+        raise ValueError(
+            f"labels: want whole numbers [{boxes}] and parameters.clusters, got {labels.dtype} {list(labels.shape)} "
+            f"and {clusters!r}"
+        )
+    if boxes and not 0 <= labels.min() <= labels.max() < clusters:
+        raise ValueError(f"labels: want 0 .. {clusters - 1}, got {labels.min()} .. {labels.max()}")

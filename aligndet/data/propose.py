@@ -275,7 +275,7 @@ def _finish(out: Path, names: Sequence[str], journal: Journal, settings: Setting
         name, reason = next(iter(failures.items()))
         raise ValueError(f"none of the {len(names)} images could be searched; {name}: {reason}")
     sizes = [journal.found[name][:2] for name in found]
-    write_proposals(out, found, sizes, journal.boxes(found), asdict(settings), failures)
+    write_proposals(out, found, sizes, journal.boxes(found), asdict(settings), failures=failures)
     journal.remove()
     counts = [journal.found[name][2] for name in found]
     summary = {

@@ -61,9 +61,9 @@ def resize(image: Tensor, short_side: int, long_side: int) -> tuple[Tensor, Tens
     return torch.from_numpy(changed).permute(2, 0, 1), factors
 
 
-def flip(image: Tensor, boxes: Tensor) -> tuple[Tensor, Tensor]:
-    """Mirror left and right about the image's own width: x' = W - x."""
-    width = image.shape[2]
+def flip(image: Tensor, boxes: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
+    """Mirror left and right about the image's own width: x' = W - x; boxes about another ``width``, where given."""
+    width = image.shape[2] if width is None else width
     x0, y0, x1, y1 = boxes.unbind(1)
     return image.flip(2), torch.stack([width - x1, y0, width - x0, y1], dim=1)
 

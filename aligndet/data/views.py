@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
@@ -13,6 +14,8 @@ from aligndet.data.batch import Sample
 from aligndet.data.proposals import ProposalFile
 from aligndet.data.retry import first_readable
 from aligndet.data.transforms import flip, random_colour, read_image, resize
+
+ORDERS = ("random", "first")
 
 
 class ViewPairs(Dataset[tuple[Sample, Sample]]):
@@ -28,7 +31,10 @@ class ViewPairs(Dataset[tuple[Sample, Sample]]):
         long_side: px, upper bound.
         flip_probability: of the horizontal flip, per view.
         colour: apply one colour operation of nine per view.
-        proposals_per_image: size of the random subset that both views share; None: all.
+        proposals_per_image: size of the subset that both views share; None: all.
+        order: "random", or "first" to take the subset from the beginning of the file, as the reference does.
+        pad_first: pad to a multiple of 32 px before flip and colour, as the reference does (a mistake: boxes of flipped
+            images are then off by the padding); for measuring what that costs.
         on_error: "skip" takes the next image for one that cannot be read and says so in ``Sample.skipped``.
 
     Raises:
@@ -49,6 +55,8 @@ class ViewPairs(Dataset[tuple[Sample, Sample]]):
         flip_probability: float = 0.5,
         colour: bool = True,
         proposals_per_image: int | None = None,
+        order: str = "random",
+        pad_first: bool = False,
         on_error: str = "skip",
         seed: int = 0,
     ) -> None:
@@ -63,6 +71,9 @@ class ViewPairs(Dataset[tuple[Sample, Sample]]):
         self.short_sides, self.long_side = short_sides, long_side
         self.flip_probability, self.colour = flip_probability, colour
         self.proposals_per_image, self.on_error, self.seed = proposals_per_image, on_error, seed
+        if order not in ORDERS:
+            raise ValueError(f"order: want one of {', '.join(ORDERS)}, got {order!r}")
+        self.order, self.pad_first = order, pad_first
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -71,11 +82,14 @@ class ViewPairs(Dataset[tuple[Sample, Sample]]):
         index, position = key
         (row, pixels), skipped = first_readable(self._load, index, len(self), self.on_error)
         rng = np.random.default_rng((self.seed, position))
-        boxes = torch.from_numpy(self.proposals.boxes_of(row))
-        ids = torch.arange(len(boxes))
-        if self.proposals_per_image is not None and len(boxes) > self.proposals_per_image:
-            ids = torch.from_numpy(np.sort(rng.choice(len(boxes), self.proposals_per_image, replace=False)))
-        return self._view(pixels, boxes, ids, row, rng, skipped), self._view(pixels, boxes, ids, row, rng, skipped)
+        number = len(self.proposals.boxes_of(row))
+        ids = torch.arange(number)
+        if self.proposals_per_image is not None and number > self.proposals_per_image:
+            if self.order == "first":
+                ids = ids[: self.proposals_per_image]
+            else:
+                ids = torch.from_numpy(np.sort(rng.choice(number, self.proposals_per_image, replace=False)))
+        return self._view(pixels, ids, row, rng, skipped), self._view(pixels, ids, row, rng, skipped)
 
     def _load(self, index: int) -> tuple[int, Tensor]:
         row = int(self.rows[index])
@@ -89,16 +103,18 @@ class ViewPairs(Dataset[tuple[Sample, Sample]]):
             )
         return row, torch.from_numpy(image).permute(2, 0, 1)
 
-    def _view(
-        self, image: Tensor, boxes: Tensor, ids: Tensor, row: int, rng: np.random.Generator, skipped: tuple[str, ...]
-    ) -> Sample:
+    def _view(self, image: Tensor, ids: Tensor, row: int, rng: np.random.Generator, skipped: tuple[str, ...]) -> Sample:
         original = (image.shape[1], image.shape[2])
         image, factors = resize(image, int(rng.choice(self.short_sides)), self.long_side)
-        boxes = boxes[ids] * factors
+        boxes = torch.from_numpy(self.proposals.boxes_of(row))[ids] * factors
+        width = image.shape[2]
+        if self.pad_first:
+            image = F.pad(image, (0, -width % 32, 0, -image.shape[1] % 32))
         if rng.random() < self.flip_probability:
-            image, boxes = flip(image, boxes)
+            image, boxes = flip(image, boxes, width)
         if self.colour:
             image = random_colour(image, rng)
         keep = ((boxes[:, 2:] - boxes[:, :2]) > 0.01).all(dim=1)
         boxes, ids = boxes[keep], ids[keep]
-        return Sample(image, boxes, torch.zeros_like(ids), ids, original, row, skipped)
+        labels = torch.from_numpy(self.proposals.labels_of(row))[ids]
+        return Sample(image, boxes, labels, ids, original, row, skipped)

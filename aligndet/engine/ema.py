@@ -11,22 +11,26 @@ class EMA:
 
     Args:
         source: the trained module; it may have more frozen parameters than ``target`` (a backbone that both share).
-        target: the averaged module; each of its parameters has a namesake of the same shape in ``source``.
+        target: the averaged module; each of its parameters has a namesake of the same shape in ``source``. Parameters
+            that are the very same in both are left alone.
+        apart: beginnings of names of trained parameters that ``target`` has no use for.
 
     Raises:
         ValueError: names or shapes do not match.
     """
 
-    def __init__(self, source: nn.Module, target: nn.Module) -> None:
+    def __init__(self, source: nn.Module, target: nn.Module, apart: tuple[str, ...] = ()) -> None:
         own = dict(source.named_parameters())
         pairs = [(name, value) for name, value in target.named_parameters()]
         strange = [name for name, value in pairs if name not in own or own[name].shape != value.shape]
         if strange:
             raise ValueError(f"EMA: no parameter of that name and shape in the source for {', '.join(strange[:5])}")
         known = {name for name, _ in pairs}
-        lost = [name for name, value in own.items() if value.requires_grad and name not in known]
+        trained = [name for name, value in own.items() if value.requires_grad and not name.startswith(apart)]
+        lost = [name for name in trained if name not in known]
         if lost:
             raise ValueError(f"EMA: trained parameters without a namesake in the target: {', '.join(lost[:5])}")
+        pairs = [(name, value) for name, value in pairs if own[name] is not value]
         self.source: list[Tensor] = [own[name] for name, _ in pairs]
         self.target: list[Tensor] = [value for _, value in pairs]
 

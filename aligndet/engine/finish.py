@@ -19,12 +19,13 @@ from aligndet.engine import checkpoint
 from aligndet.engine.distributed import World, barrier
 from aligndet.engine.evaluate import coco_metrics, evaluate_detector, save_predictions
 from aligndet.engine.loop import Training
-from aligndet.engine.prepare import detector_arguments, training_annotations
+from aligndet.engine.prepare import detector_arguments, pretraining_arguments, training_annotations
 from aligndet.finetune import FineTune
 from aligndet.image_domain.simsiam import SimSiam
 from aligndet.models import folded
 from aligndet.pretrain import AlignDet
 from aligndet.protocol import Detector
+from aligndet.soco import SoCo
 from aligndet.weights import export_detector, export_pretrained
 
 
@@ -103,7 +104,7 @@ def _without_nan(value: Any) -> Any:
 
 def _export(config: Config, training: Training) -> dict[str, Any]:
     if config.task == settings.PRETRAIN:
-        return export_pretrained(cast(AlignDet, training.model))
+        return export_pretrained(cast("AlignDet | SoCo", training.model), pretraining_arguments(config))
     if config.task == settings.FINETUNE:
         annotations, _, _ = training_annotations(config)
         build = detector_arguments(config.model, len(annotations.class_names))

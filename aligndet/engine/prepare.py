@@ -34,14 +34,17 @@ from aligndet.engine.optim import build_optimizer, parameter_table
 from aligndet.engine.schedules import learning_rate_factor, momentum_at
 from aligndet.finetune import FineTune
 from aligndet.image_domain.simsiam import SimSiam
-from aligndet.models import build_detector, detector_class
+from aligndet.models import build_detector, detector_class, options_of
 from aligndet.models.backbones import build_backbone
 from aligndet.pretrain import AlignDet
+from aligndet.protocol import Detector
+from aligndet.reference import with_mistakes
+from aligndet.soco import SoCo
 from aligndet.structures import Batch
 from aligndet.weights import load_backbone, load_pretrained
 
 # Keys that may change between a run and its continuation: they say where and how often, not what is computed.
-FREE_KEYS = ("run:", "device:", "threads:", "log_every:", "save_every:", "data.workers:")
+FREE_KEYS = ("run:", "device:", "threads:", "log_every:", "save_every:", "eval_every:", "data.workers:")
 
 
 def prepare(config: Config, world: World) -> Training:
@@ -83,7 +86,16 @@ def detector_arguments(model: ModelConfig, num_classes: int) -> dict[str, Any]:
     """The arguments of ``build_detector`` that a config stands for."""
     options = (
         *("channels", "convolutions", "levels", "centre_radius", "box_head", "neck_norm", "score_threshold"),
-        *("queries", "encoder_layers", "decoder_layers", "feedforward", "dropout"),
+        *(
+            "queries",
+            "encoder_layers",
+            "decoder_layers",
+            "feedforward",
+            "dropout",
+            "class_agnostic",
+            "head_width",
+            "regions",
+        ),
     )
     chosen = {name: getattr(model, name) for name in options if getattr(model, name) is not None}
     return chosen | {
@@ -124,26 +136,49 @@ class Stage:
 def _pretraining(config: Config, log: Log) -> Stage:
     data, method = config.data, config.method
     assert data.images is not None and data.proposals is not None
+    proposals = open_proposals(data.proposals)
+    mistakes = settings.MISTAKES if method.reference_compatible else method.mistakes
     dataset = ViewPairs(
         data.images,
-        open_proposals(data.proposals),
+        proposals,
         short_sides=data.short_side,
         long_side=data.long_side,
         flip_probability=data.flip,
         colour=data.colour,
         proposals_per_image=data.proposals_per_image,
+        order="first" if "first" in mistakes else data.proposal_order,
+        pad_first="padding" in mistakes,
         on_error=data.on_error,
         seed=config.seed,
     )
     log.note(
         f"{data.proposals}: {len(dataset)} images with proposals, {dataset.without_proposals} without are left out"
     )
-    detector = build_detector(**detector_arguments(config.model, num_classes=1))
+    if method.classification and proposals.clusters is None:
+        raise ValueError(
+            f"method.classification: {data.proposals} has no pseudo-classes; `aligndet cluster` makes some"
+        )
+    detector = build_detector(**pretraining_arguments(config))
     if config.model.backbone_weights is None:
-        log.warning(0, "model.backbone_weights is not set: the frozen backbone has random weights")
+        log.warning(0, "model.backbone_weights is not set: the backbone has random weights")
     else:
         log.note(str(load_backbone(detector, config.model.backbone_weights)))
-    model = AlignDet(
+    if method.name == "soco":
+        competitor = SoCo(detector, embedding=method.embedding)
+        ema = EMA(competitor.averaged, competitor.momentum)
+        return Stage(dataset, collate_views, competitor, detector.backbone, ema)
+    model = _aligndet(config, detector, mistakes)
+    return Stage(dataset, collate_views, model, detector.backbone, _momentum_branch(model))
+
+
+def _aligndet(config: Config, detector: Detector, mistakes: tuple[str, ...]) -> AlignDet:
+    method = config.method
+    start = build_detector(**pretraining_arguments(config)) if "start" in mistakes else None
+    if start is not None:
+        start.backbone.load_state_dict(detector.backbone.state_dict())
+    for branch in (detector, *([] if start is None else [start])):
+        with_mistakes(branch, mistakes)
+    return AlignDet(
         detector,
         embedding=method.embedding,
         candidates=method.candidates,
@@ -152,8 +187,22 @@ def _pretraining(config: Config, log: Log) -> Stage:
         temperature=method.temperature,
         contrast=method.contrast,
         localization=method.localization,
+        classification=method.classification,
+        positives=method.positives,
+        own_keys="fallback" in mistakes,
+        reduction=method.reduction,
+        symmetric=method.symmetric,
+        freeze_backbone=method.freeze_backbone,
+        start=start,
     )
-    return Stage(dataset, collate_views, model, detector.backbone, _momentum_branch(model))
+
+
+def pretraining_arguments(config: Config) -> dict[str, Any]:
+    """The arguments of ``build_detector`` in pre-training: pseudo-classes or one class, boxes for any class."""
+    assert config.data.proposals is not None
+    classes = open_proposals(config.data.proposals).clusters if config.method.classification else None
+    any_class = {"class_agnostic": True} if "class_agnostic" in options_of(config.model.detector) else {}
+    return detector_arguments(config.model, classes or 1) | any_class
 
 
 def _fine_tuning(config: Config, log: Log) -> Stage:
@@ -175,7 +224,8 @@ def _fine_tuning(config: Config, log: Log) -> Stage:
         log.warning(0, line)
     detector = build_detector(**detector_arguments(config.model, len(annotations.class_names)))
     if config.weights is not None:
-        log.note(str(load_pretrained(detector, config.weights, keep_predictors=config.method.keep_predictors)))
+        kept = config.method.keep_predictors and not config.method.reference_compatible
+        log.note(str(load_pretrained(detector, config.weights, config.method.modules, kept)))
     elif config.model.backbone_weights is not None:
         log.note(str(load_backbone(detector, config.model.backbone_weights)))
     else:
@@ -234,7 +284,9 @@ def _training(config: Config, world: World, log: Log, folder: Path, stage: Stage
         steps=steps,
         learning_rate=lambda step: optim.lr * factor(step),
         ema=stage.ema,
-        momentum=partial(momentum_at, steps=steps, start=config.method.momentum),
+        momentum=partial(
+            momentum_at, steps=steps, start=config.method.momentum, schedule=config.method.momentum_schedule
+        ),
         log=log,
         folder=folder,
         world=world,
@@ -248,7 +300,7 @@ def _training(config: Config, world: World, log: Log, folder: Path, stage: Stage
 
 
 def _momentum_branch(model: AlignDet) -> EMA | None:
-    return None if model.momentum is None else EMA(model.online, model.momentum)
+    return None if model.momentum is None else EMA(model.online, model.momentum, apart=("predictors.score.",))
 
 
 def _single(samples: Sequence[Any]) -> tuple[Batch]:

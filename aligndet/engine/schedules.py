@@ -38,6 +38,11 @@ def learning_rate_factor(
     return factor
 
 
-def momentum_at(step: int, steps: int, start: float = 0.996, end: float = 1.0) -> float:
-    """The EMA momentum at a 0-based step: from ``start`` to ``end`` along half a cosine (method section 2.1)."""
+def momentum_at(step: int, steps: int, start: float = 0.996, end: float = 1.0, *, schedule: str = "cosine") -> float:
+    """The EMA momentum at a 0-based step: from ``start`` to ``end`` along half a cosine (method section 2.1).
+
+    ``schedule="constant"`` is ``start`` throughout.
+    """
+    if schedule == "constant":
+        return start
     return end - (end - start) * (math.cos(math.pi * step / steps) + 1) / 2

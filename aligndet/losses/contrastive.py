@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from aligndet.structures import IGNORED
+
+POSITIVES = ("keys", "both")
+REDUCTIONS = ("boxes", "queries", "sum")
 
 
 def box_contrastive_loss(
@@ -18,6 +23,9 @@ def box_contrastive_loss(
     *,
     temperature: float,
     chunk: int | None = None,
+    positives: str = "keys",
+    own_keys: bool = False,
+    reduction: str = "boxes",
 ) -> Tensor:
     """Pull together the embeddings of one box in two views, push all others apart.
 
@@ -37,58 +45,91 @@ def box_contrastive_loss(
         temperature: positive, divides cosine similarities.
         chunk: queries handled at once. Memory is then O(chunk (N + M)) instead of O(N (N + M)), the result is the same,
             and similarities are computed once more in the backward pass.
+        positives: "keys", or "both": the other queries of its id are positives of a query too, as constants.
+        own_keys: a box that has queries but no keys takes its queries as keys, themselves included and with gradient
+            on both sides, as the reference does; otherwise it costs nothing.
+        reduction: "boxes" as above; "queries" averages the pairs of each query, then queries; "sum" adds up all pairs
+            (equation 4 to the letter).
 
     Returns:
         Scalar >= 0 in float32 (float64 for float64 inputs), also under autocast. Exactly 0 with zero gradients when no
         box is in both sets.
 
     Raises:
-        ValueError: shapes disagree, or ``temperature`` or ``chunk`` is not positive.
+        ValueError: shapes disagree, or ``temperature`` or ``chunk`` is not positive, or an unknown word.
 
     Source:
         AlignDet (arXiv:2307.11077), equations 3 and 4, with the reduction of the authors' code (method section 2.6).
         There a box without keys is compared with its own queries; here it is left out.
     """
     _check(query, query_ids, key, key_ids, temperature, chunk)
+    if positives not in POSITIVES or reduction not in REDUCTIONS:
+        raise ValueError(f"want positives in {POSITIVES}, reduction in {REDUCTIONS}, got {positives!r}, {reduction!r}")
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         taking_part = (query_ids != IGNORED).nonzero().squeeze(1)
         query, query_ids = F.normalize(query[taking_part].to(dtype), dim=1), query_ids[taking_part]
         kept = key_ids != IGNORED
         key, key_ids = F.normalize(key[kept].detach().to(dtype), dim=1), key_ids[kept]
-        others = torch.cat([query.detach(), key])  # [N + M, D]
-        other_ids = torch.cat([query_ids, key_ids])
-
-        step = chunk or max(1, len(query))
-        costs = query.new_zeros(len(query))
+        others = _Others(
+            torch.cat([query.detach(), key]),
+            torch.cat([query_ids, key_ids]),
+            len(query),
+            positives == "both",
+            query if own_keys else None,
+            temperature,
+        )
+        pairs = _pairs_of(others)  # [N]
         parts = []
-        for first in range(0, len(query), step):
-            rows = slice(first, first + step)
-            arguments = (query[rows], query_ids[rows], others, other_ids, len(key), temperature)
+        # Background has no positives and costs nothing: it is only compared with.
+        for rows in pairs.nonzero().squeeze(1).split(chunk or max(1, len(query))):
             if chunk is None or not torch.is_grad_enabled():
-                parts.append(_cost_per_query(*arguments))
+                parts.append(_cost_per_query(query[rows], rows, others))
             else:
-                parts.append(checkpoint(_cost_per_query, *arguments, use_reentrant=False))
-        costs = torch.cat(parts) if parts else costs  # [N], summed over the positives of a query
-
-        pairs = _keys_of(query_ids, key_ids)  # [N]
-        boxes, box = query_ids.unique(return_inverse=True)  # box: [N] in 0 .. len(boxes) - 1
-        totals = costs.new_zeros(len(boxes)).index_add(0, box, costs)
-        counts = costs.new_zeros(len(boxes)).index_add(0, box, pairs.to(dtype))
-        # Boxes without a pair have total 0, and so does the loss when no box has one: no host synchronisation needed.
-        means = totals / counts.clamp(min=1)
-        return means.sum() / (counts > 0).sum().clamp(min=1) + 0.0 * query.sum()
+                parts.append(checkpoint(_cost_per_query, query[rows], rows, others, use_reentrant=False))
+        costs = torch.cat(parts)  # [n], summed over the positives of a query
+        taken = pairs.nonzero().squeeze(1)
+        return _reduced(costs, pairs[taken].to(dtype), query_ids[taken], reduction) + 0.0 * query.sum()
 
 
-def _cost_per_query(
-    query: Tensor, query_ids: Tensor, others: Tensor, other_ids: Tensor, keys: int, temperature: float
-) -> Tensor:
-    """The costs of each query's pairs, summed: [n]; 0 without positives. The last ``keys`` of ``others`` are keys."""
-    similarity = (query / temperature) @ others.T  # [n, N + M]
-    same = query_ids[:, None] == other_ids
-    first = len(others) - keys
-    row, column = (same[:, first:] & (query_ids[:, None] >= 0)).nonzero(as_tuple=True)  # [P] each: the positive pairs
-    attraction = similarity[:, first:][row, column]
+@dataclass(frozen=True)
+class _Others:
+    """All that queries are compared with.
+
+    Attributes:
+        vectors: [N + M, D], constants: the queries, then the keys.
+        ids: int64 [N + M].
+        queries: N.
+        both: whether queries are positives of other queries.
+        live: [N, D], the queries with their gradient, where boxes without keys take them as keys; else None.
+        temperature: divides similarities.
+    """
+
+    vectors: Tensor
+    ids: Tensor
+    queries: int
+    both: bool
+    live: Tensor | None
+    temperature: float
+
+
+def _cost_per_query(query: Tensor, rows: Tensor, others: _Others) -> Tensor:
+    """The costs of each query's pairs, summed: [n]. ``rows`` int64 [n] says which queries they are."""
+    ids = others.ids[rows]
+    similarity = (query / others.temperature) @ others.vectors.T  # [n, N + M]
+    same = ids[:, None] == others.ids
+    wanted = same & (ids >= 0)[:, None]
+    if others.both:
+        wanted.scatter_(1, rows[:, None], False)  # a query is no positive of itself
+    else:
+        wanted = wanted[:, others.queries :]
+    row, column = wanted.nonzero(as_tuple=True)  # [P] each: the positive pairs
+    attraction = similarity[row, column if others.both else column + others.queries]
+    if others.live is not None:
+        lonely = (ids >= 0) & ~torch.isin(ids, others.ids[others.queries :])
+        own_row, own = (same[:, : others.queries] & lonely[:, None]).nonzero(as_tuple=True)
+        row = torch.cat([row, own_row])
+        attraction = torch.cat([attraction, (query[own_row] * others.live[own]).sum(dim=1) / others.temperature])
     # In place, since this matrix is what the loss needs memory for; the positives have been taken out before.
     # A query without any negative: its rejection is -inf, its cost log(1 + exp -inf) = 0.
     rejection = similarity.masked_fill_(same, -torch.inf).logsumexp(dim=1)  # [n]
@@ -98,12 +139,31 @@ def _cost_per_query(
     return costs.new_zeros(len(query)).index_add(0, row, costs)
 
 
-def _keys_of(query_ids: Tensor, key_ids: Tensor) -> Tensor:
-    """How many keys each query is positive with: int64 [N]."""
-    ordered = key_ids.sort().values
-    low = torch.searchsorted(ordered, query_ids)
-    high = torch.searchsorted(ordered, query_ids, right=True)
-    return torch.where(query_ids >= 0, high - low, 0)
+def _pairs_of(others: _Others) -> Tensor:
+    """How many positives each query has: int64 [N]."""
+    query_ids, key_ids = others.ids[: others.queries], others.ids[others.queries :]
+    keys, own = _equal(key_ids, query_ids), _equal(query_ids, query_ids)
+    pairs = keys + own - 1 if others.both else keys
+    if others.live is not None:
+        pairs = torch.where(keys == 0, pairs + own, pairs)
+    return torch.where(query_ids >= 0, pairs, 0)
+
+
+def _equal(values: Tensor, wanted: Tensor) -> Tensor:
+    """How many of ``values`` equal each of ``wanted``: int64."""
+    ordered = values.sort().values
+    return torch.searchsorted(ordered, wanted, right=True) - torch.searchsorted(ordered, wanted)
+
+
+def _reduced(costs: Tensor, pairs: Tensor, query_ids: Tensor, reduction: str) -> Tensor:
+    if reduction == "sum":
+        return costs.sum()
+    if reduction == "queries":
+        return (costs / pairs).sum() / max(1, len(costs))
+    boxes, box = query_ids.unique(return_inverse=True)  # box: [N] in 0 .. len(boxes) - 1
+    totals = costs.new_zeros(len(boxes)).index_add(0, box, costs)
+    counts = costs.new_zeros(len(boxes)).index_add(0, box, pairs)
+    return (totals / counts).sum() / max(1, len(boxes))
 
 
 def _check(

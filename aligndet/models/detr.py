@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -14,7 +14,7 @@ from aligndet.models.backbones import Backbone
 from aligndet.models.transformer import Transformer, inside_cells
 from aligndet.ops.boxes import centre_to_corners, clip
 from aligndet.ops.reduce import mean_over_ranks
-from aligndet.protocol import Detector
+from aligndet.protocol import Detector, pooled_mean
 from aligndet.structures import BACKGROUND, Candidates, Detections, Targets, class_of
 
 BACKGROUND_WEIGHT = 0.1  # of a query without a box in the classification loss
@@ -28,10 +28,19 @@ class DETRCandidates(Candidates):
     Attributes:
         boxes: float32 [N, 4], (centre x, centre y, width, height) in shares of the image's sides, 0 .. 1.
         sizes: int64 [B, 2], (height, width) px of the images.
+        nearest: int64 [N], as ``matched``, by a second matching that knows coordinates alone: which box a query is on.
+            None where there is one matching only.
     """
 
     boxes: Tensor
     sizes: Tensor
+    nearest: Tensor | None = None
+
+    def box_ids(self, targets: Targets) -> Tensor:
+        """By coordinates alone: a query is the same object in two views whatever its class. Method section 2.8."""
+        if self.nearest is None:
+            return super().box_ids(targets)
+        return replace(self, matched=self.nearest, nearest=None).box_ids(targets)
 
 
 class BoxPredictor(nn.Module):
@@ -67,6 +76,7 @@ class DETR(Detector):
     """
 
     size_divisor = 1
+    sampling = None
 
     def __init__(
         self,
@@ -121,18 +131,28 @@ class DETR(Detector):
         image = torch.arange(images, device=sizes.device).repeat_interleave(queries).repeat(layers)
         scores = self.predictors["score"](outputs) if "score" in self.predictors else None
         boxes = self.predictors["box"](outputs)  # always: queries are matched by what they predict
-        matched, rows = None, None
+        matched, nearest, rows = None, None, None
         if targets is not None:
             probabilities = None if scores is None else scores.float().softmax(dim=3)
             matched = self.assigner(boxes, probabilities, targets, sizes).flatten()
+            if scores is not None and "embedding" in self.predictors:
+                nearest = self.assigner(boxes, None, targets, sizes).flatten()
             rows = None if self.sample is None else self.sample(matched, image)
         row = torch.arange(len(image), device=image.device) if rows is None else rows
         embeddings = None
         if "embedding" in self.predictors:
             embeddings = self.predictors["embedding"](outputs.flatten(0, 2)[row])
         scores = None if scores is None else scores.flatten(0, 2)[row]
-        matched = None if matched is None else matched[row]
-        return DETRCandidates(scores, embeddings, image[row], matched, boxes.flatten(0, 2)[row], sizes)
+        matched, nearest = (None if rows is None else rows[row] for rows in (matched, nearest))
+        return DETRCandidates(scores, embeddings, image[row], matched, boxes.flatten(0, 2)[row], sizes, nearest)
+
+    def tied_parts(self) -> list[nn.Module]:
+        """The queries: query q asks the same question in both branches. Method section 2.1."""
+        return [self.head.queries]
+
+    def region_features(self, features: list[Tensor], boxes: Tensor, image: Tensor, height: int) -> Tensor:
+        """The mean over each box of what the transformer reads: [N, C]."""
+        return pooled_mean([self.neck(features[-1])], boxes, image, height)
 
     def localization_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
         """L1 of box shares and generalised IoU, summed over matched queries of all layers, over the number of boxes."""

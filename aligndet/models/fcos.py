@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torchvision.ops import batched_nms
 
 from aligndet.assigners.center import assign_center
+from aligndet.assigners.sampling import PositivesFirst
 from aligndet.losses.boxes import centerness_of, iou_loss
 from aligndet.losses.focal import sigmoid_focal_loss
 from aligndet.models.backbones import Backbone
@@ -20,7 +21,7 @@ from aligndet.models.fpn import FPN
 from aligndet.models.priors import Points, points_of
 from aligndet.ops.boxes import clip
 from aligndet.ops.reduce import mean_over_ranks
-from aligndet.protocol import Detector
+from aligndet.protocol import Detector, pooled_mean
 from aligndet.structures import Candidates, Detections, Targets, class_of
 
 STEM, FINEST = 4, 8  # px, strides of the backbone's finest output and of P3
@@ -86,7 +87,10 @@ class FCOS(Detector):
 
     Source:
         Method section 1.2. Weights and initialisation as there; the level scales belong to the box predictor.
+        ``sampling`` 2.5.
     """
+
+    sampling = PositivesFirst(2048, "batch")
 
     def __init__(
         self,
@@ -191,6 +195,10 @@ class FCOS(Detector):
         level = candidates.level.view(images, -1)[0]
         counts = tuple(torch.bincount(level, minlength=len(self.strides)).tolist())
         return [self._detect(scores[i], centerness[i], clip(boxes[i], sizes[i]), counts) for i in range(images)]
+
+    def region_features(self, features: list[Tensor], boxes: Tensor, image: Tensor, height: int) -> Tensor:
+        """The mean over each box of the neck's map of its size: [N, C]."""
+        return pooled_mean(self.neck(features[1:]), boxes, image, height)
 
     def _assign(self, points: Points, targets: Targets, images: int) -> Tensor:
         """Row of ``targets`` for every point of every image: int64 [B * P]."""

@@ -20,7 +20,7 @@ POOLED = 14  # cells per side of the mask head's input; its output has twice as 
 class MaskRCNN(TwoStage):
     """A ``TwoStage`` with a mask head.
 
-    Without ``Targets.masks`` (pre-training) the mask head has a loss of 0, with a graph, and learns nothing.
+    Without ``Targets.masks`` the mask head has a loss of 0, with a graph; with ``needs_masks`` off it has none at all.
 
     Source:
         Method section 1.4.
@@ -31,6 +31,8 @@ class MaskRCNN(TwoStage):
     def localization_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
         """Those of Faster R-CNN, and the cross-entropy of the class's mask, mean over the cells of positive regions."""
         losses = super().localization_loss(candidates, targets)
+        if not self.needs_masks:
+            return losses
         assert isinstance(candidates, RegionCandidates) and candidates.matched is not None
         cost = self._mask_cost(candidates, targets)
         cells = (candidates.matched >= 0).sum().float() * (0 if targets.masks is None else (2 * POOLED) ** 2)

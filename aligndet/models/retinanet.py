@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -20,7 +21,7 @@ from aligndet.models.priors import Anchors, on_image
 from aligndet.ops.boxes import clip
 from aligndet.ops.coders import DeltaCoder
 from aligndet.ops.reduce import mean_over_ranks
-from aligndet.protocol import Detector
+from aligndet.protocol import Detector, pooled_mean
 from aligndet.structures import Candidates, Detections, Targets, class_of
 
 STEM, FINEST = 4, 8  # px, strides of the backbone's finest output and of P3
@@ -86,6 +87,8 @@ class RetinaNet(Detector):
         self.coder = DeltaCoder(shrink=rules.shrink)
         self.assigner = IoUAssigner(0.5, 0.4)
         self.channels, self.score_threshold = channels, score_threshold
+        # Rows of anchors -> rows whose embeddings they get; only ``aligndet.reference`` sets it, to measure a mistake.
+        self.misplaced: Callable[[Tensor, tuple[int, ...], int], Tensor] | None = None
         self.backbone = backbone
         self.neck = FPN(
             backbone.channels[1:], channels, levels - 3, source=rules.extra, relu=rules.relu, norm=neck_norm
@@ -118,7 +121,12 @@ class RetinaNet(Detector):
 
         classes = [self.head.classification(level) for level in levels]
         scores = self._chosen("score", classes, rows) if "score" in self.predictors else None
-        embeddings = self._embed(classes, rows) if "embedding" in self.predictors else None
+        embeddings = None
+        if "embedding" in self.predictors:
+            places = rows
+            if rows is not None and self.misplaced is not None:
+                places = self.misplaced(rows, anchors.counts, images)
+            embeddings = self._embed(classes, places)
         deltas = self._chosen("box", [self.head.box(level) for level in levels], rows) if self.localizes else None
         row = torch.arange(len(image), device=image.device) if rows is None else rows
         matched = None if matched is None else matched[row]
@@ -156,6 +164,10 @@ class RetinaNet(Detector):
             chosen = batched_nms(boxes, score, label, 0.5)[: self.rules.most]
             found.append(Detections(boxes[chosen], score[chosen], label[chosen]))
         return found
+
+    def region_features(self, features: list[Tensor], boxes: Tensor, image: Tensor, height: int) -> Tensor:
+        """The mean over each box of the neck's map of its size: [N, C]."""
+        return pooled_mean(self.neck(features[1:]), boxes, image, height)
 
     def _assign(self, anchors: Anchors, sizes: Tensor, targets: Targets, images: int) -> Tensor:
         allowed = on_image(anchors, sizes, self.size_divisor).flatten()

@@ -118,14 +118,16 @@ class RPN(nn.Module):
         anchors: Anchors,
         sizes: Tensor,
         targets: Targets,
+        *,
         divisor: int,
+        sample: Sampler,
     ) -> Objectness:
         """The sampled anchors with what is said of them and the box they belong to."""
         images = len(sizes)
         allowed = on_image(anchors, sizes, divisor)
         matched = self.assigner([anchors.boxes] * images, targets, allowed=allowed.flatten())
         image = torch.arange(images, device=sizes.device).repeat_interleave(len(anchors.boxes))
-        rows = self.sample(matched, image)
+        rows = sample(matched, image)
         return Objectness(
             torch.cat(scores, dim=1).flatten()[rows],
             torch.cat(deltas, dim=1).flatten(0, 1)[rows],

@@ -60,11 +60,17 @@ class TwoStage(Detector):
         score_threshold: class probability below which nothing is detected.
         neck_norm, head_norm: None or key of NORMS; ``head_norm`` of the box head and of the mask head.
         rpn_depth: 3 x 3 convolutions of the RPN.
+        head_width: of the fully connected layers of the box head.
+        regions: most regions per image that training with labels looks at, a quarter of them on objects.
+        class_agnostic: one finer box for all classes instead of one for each.
         conventions: key of ``conventions.REGIONS``.
 
     Source:
-        Method section 1.4.
+        Method section 1.4; ``sampling`` 2.5.
     """
+
+    # Regions without a box are no use to a loss that compares boxes; anchors without one teach the RPN.
+    sampling = PositivesFirst(4096, "image", negatives=0.0)
 
     def __init__(
         self,
@@ -77,25 +83,28 @@ class TwoStage(Detector):
         neck_norm: str | None = None,
         head_norm: str | None = None,
         rpn_depth: int = 1,
+        head_width: int = 1024,
+        regions: int = 512,
+        class_agnostic: bool = False,
         conventions: str = "aligndet",
     ) -> None:
         super().__init__()
-        if channels < 1:
-            raise ValueError(f"channels: want a positive number, got {channels}")
+        if min(channels, head_width, regions) < 1:
+            raise ValueError(f"want positive channels, head_width and regions, got {channels}, {head_width}, {regions}")
         self.channels, self.score_threshold = channels, score_threshold
         self.box_head, self.neck_norm, self.head_norm = box_head, neck_norm, head_norm
         self.conventions, self.rules = conventions, rules_of(REGIONS, conventions)
         shrink, least = self.rules.shrink, self.rules.least or (0.0, 0.0)
         self.assigner = IoUAssigner(0.5, 0.5, 0.5, self.rules.low_quality)
-        self.sample_regions: Sampler = PositivesFirst(512, "image", 0.75)
+        self.sample_regions: Sampler = PositivesFirst(regions, "image", 0.75)
         self.coder = DeltaCoder(STDS, shrink)
         self.backbone = backbone
         self.neck = FPN(backbone.channels, channels, 1, source="pool", norm=neck_norm)
         shapes = AnchorShapes(tuple((8.0 * s,) for s in STRIDES), grid=self.rules.grid, whole=self.rules.whole)
         self.rpn = RPN(channels, shapes, depth=rpn_depth, shrink=shrink, least=least[0])
-        self.head = BoxHead(channels, POOLED, box_head, norm=head_norm)
+        self.head = BoxHead(channels, POOLED, box_head, width=head_width, norm=head_norm)
         entries = num_classes + int(self.rules.spare)
-        box = linear(self.head.width, 4 * entries, 0.001)
+        box = linear(self.head.width, 4 * (1 if class_agnostic else entries), 0.001)
         # One output more than classes, the last: background.
         self.predictors = nn.ModuleDict({"score": self.score_layer(num_classes + 1), "box": box})
         self.mask_head = MaskHead(channels, head_norm) if self.needs_masks else None
@@ -122,7 +131,10 @@ class TwoStage(Detector):
         objectness, matched = None, None
         if targets is not None:
             if self.localizes:
-                objectness = self.rpn.matches(scores, deltas, anchors, sizes, targets, self.size_divisor)
+                sampler = self.sample_anchors or self.rpn.sample
+                objectness = self.rpn.matches(
+                    scores, deltas, anchors, sizes, targets, divisor=self.size_divisor, sample=sampler
+                )
             regions, matched = self._sampled(regions, targets)
         boxes = torch.cat(regions)
         counts = tuple(len(part) for part in regions)
@@ -134,7 +146,7 @@ class TwoStage(Detector):
             boxes, image, matched = boxes[order], image[order], matched[order]
         shared = self.head(self.pool(levels[:4], boxes, image, POOLED))
         outputs = {name: self.predictors[name](shared) for name in self._read() if name in self.predictors}
-        offsets = outputs["box"].view(len(boxes), -1, 4) if self.localizes else None
+        offsets = outputs["box"].unflatten(1, (-1, 4)) if self.localizes else None
         return RegionCandidates(
             outputs.get("score"),
             outputs.get("embedding"),
@@ -175,6 +187,15 @@ class TwoStage(Detector):
         scores = candidates.scores.float().softmax(dim=1)[:, :-1].split(candidates.counts)
         deltas, regions = candidates.deltas.split(candidates.counts), candidates.boxes.split(candidates.counts)
         return [self._detect(*parts) for parts in zip(scores, deltas, regions, sizes, strict=True)]
+
+    def mask_parts(self) -> list[nn.Module]:
+        """The mask head and its last layer."""
+        return [] if self.mask_head is None else [self.mask_head, self.predictors["mask"]]
+
+    def region_features(self, features: list[Tensor], boxes: Tensor, image: Tensor, height: int) -> Tensor:
+        """What the box head makes of the boxes: [N, width of the head]."""
+        shared: Tensor = self.head(self.pool(self.neck(features)[:4], boxes, image, POOLED))
+        return shared
 
     def pool(self, levels: list[Tensor], boxes: Tensor, image: Tensor, size: int) -> Tensor:
         """Features [N, C, size, size] of boxes, from P2 .. P5."""

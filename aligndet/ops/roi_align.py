@@ -40,6 +40,7 @@ def multilevel_roi_align(
     strides: tuple[int, ...],
     sampling_ratio: int = 0,
     aligned: bool = True,
+    canonical: float = 56.0,
 ) -> Tensor:
     """``size`` x ``size`` features of each box from the level of its size.
 
@@ -54,6 +55,7 @@ def multilevel_roi_align(
         strides: px per cell of each map.
         sampling_ratio: samples per cell and axis; 0: as many as the cell is wide, rounded up.
         aligned: pixel centres at half-integers; False shifts boxes by half a cell, as the first publication did.
+        canonical: px, see ``level_of``; 14 cells of the finest map.
 
     Returns:
         [N, C, S, S] in the type of the maps and, but by torchvision's op, in their memory format; [0, C, S, S] with a
@@ -64,7 +66,7 @@ def multilevel_roi_align(
         Mask R-CNN (arXiv:1703.06870), section 3.
     """
     grid = Grid(size, strides, sampling_ratio, aligned)
-    level = level_of(boxes, len(levels))
+    level = level_of(boxes, len(levels), canonical=canonical)
     if levels[0].device.type == "cpu":
         pooled = by_sums(levels, boxes, image, level, grid)
         if pooled is not None:

@@ -23,7 +23,7 @@ def some_boxes() -> list[np.ndarray]:
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "proposals.npz"
-    write_proposals(path, NAMES, SIZES, some_boxes(), PARAMETERS, {"d.jpg": "ValueError: broken"})
+    write_proposals(path, NAMES, SIZES, some_boxes(), PARAMETERS, failures={"d.jpg": "ValueError: broken"})
     return path
 
 
@@ -68,7 +68,7 @@ def test_numpy_reads_it_without_us(path: Path) -> None:
 
 def test_same_content_same_bytes(path: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.npz"
-    write_proposals(other, NAMES, SIZES, some_boxes(), PARAMETERS, {"d.jpg": "ValueError: broken"})
+    write_proposals(other, NAMES, SIZES, some_boxes(), PARAMETERS, failures={"d.jpg": "ValueError: broken"})
     assert other.read_bytes() == path.read_bytes()
     assert sorted(file.name for file in tmp_path.iterdir()) == ["other.npz", "proposals.npz"]
 

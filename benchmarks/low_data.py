@@ -1,10 +1,16 @@
-"""Few labels, with and without AlignDet: same labels, steps and seeds; through the commands of the README.
+"""Few labels, with and without AlignDet: same labels, steps and seeds, same tuning; through the commands of the README.
 
-    python benchmarks/low_data.py --data FOLDER --backbone mobilenet_v2.pth --set bccd
+    python benchmarks/low_data.py --data FOLDER --backbone mobilenet_v2.pth --detector fcos [--study main task peers]
 
-FOLDER/<set>/annotations/instances_{train,val}.json with images beside it. Each command is run as a user would run it
-and is resumable, so that repeating an interrupted benchmark continues it. The learning rate of each side is chosen on
-two folds of the first setting that are not reported. Writes benchmarks/results/low_data_<set>.json.
+FOLDER/<set>/annotations/instances_{train,val}.json with images beside it. Each cell is a command as a user would type
+it, in a folder of its own under ``runs/low_data``: an interrupted benchmark continues where it was. Learning rate, then
+weight decay, are chosen for each way of pre-training on fold 0, which is not reported. Studies:
+
+    main    the backbone alone against AlignDet: average precision, steps to the other's final precision, time
+    task    Table 10 of the paper: contrast alone, boxes alone, both; several seeds of pre-training
+    peers   our defaults against the reference's mistakes (``method.reference_compatible``) and against SoCo
+
+Writes benchmarks/results/low_data_<detector>_<set>.json.
 """
 
 from __future__ import annotations
@@ -14,6 +20,9 @@ import json
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,9 +32,9 @@ from aligndet.engine.log import read_log
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("AP", "AP50", "AP75")
-# 1.2e-2 does better on the tuning folds without AlignDet, but is not stable: one of three reported folds fails.
-RATES = (3e-3, 6e-3)  # tried by both sides ...
-TUNING = (0, 4)  # ... on these folds, which are not reported
+TUNING_FOLD = 0
+DECAYS = (1e-4, 5e-2)
+PARTS = 4  # validations of a run, the last at its end
 
 
 @dataclass(frozen=True)
@@ -38,7 +47,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Set:
-    """A data set: proposals, pre-training overrides, and the rows that are measured on it."""
+    """A data set: options of propose and of both trainings, and the rows that are measured; the second one is tuned."""
 
     settings: tuple[Setting, ...]
     propose: tuple[str, ...] = ()
@@ -46,107 +55,253 @@ class Set:
     finetune: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Way:
+    """A way of pre-training; none where ``pretrain`` is None."""
+
+    pretrain: tuple[str, ...] | None = ()
+    finetune: tuple[str, ...] = ()
+
+
+LARGER = ("data.short_side=[224, 256]", "data.long_side=384")
+PERSONS = ("data.eval_short_side=256", "data.classes=[person]")
 SETS = {
-    "bccd": Set(
-        propose=("--size", "256"),
-        settings=(Setting(20, 100), Setting(20, 300)),
-    ),
+    "bccd": Set((Setting(10, 100), Setting(20, 100), Setting(20, 300)), propose=("--size", "256")),
     "coco_by_person": Set(
-        propose=("--size", "384"),
-        pretrain=("data.short_side=[224, 256]", "data.long_side=384"),
-        finetune=(
-            "data.short_side=[224, 256]",
-            "data.long_side=384",
-            "data.eval_short_side=256",
-            "data.classes=[person]",
-        ),
-        settings=(Setting(94, 100), Setting(94, 300)),
+        (Setting(94, 100), Setting(94, 300)), ("--size", "384"), pretrain=LARGER, finetune=LARGER + PERSONS
+    ),
+    "coco_by_masks": Set(
+        (Setting(50, 100), Setting(100, 100), Setting(100, 300)),
+        ("--size", "384"),
+        pretrain=LARGER,
+        finetune=LARGER + PERSONS,
     ),
 }
+RATES = {"detr": (2e-4, 5e-4, 1e-3), "faster_rcnn": (1e-3, 2e-3, 4e-3), "mask_rcnn": (1e-3, 2e-3, 4e-3)}
+WAYS = {
+    "backbone only": Way(None),
+    "AlignDet": Way(),
+    "contrast only": Way(("method.localization=0",)),
+    "boxes only": Way(("method.contrast=0",)),
+    "reference": Way(("method.reference_compatible=true",), ("method.reference_compatible=true",)),
+    "SoCo": Way(("method.name=soco",)),
+}
+STUDIES = {
+    "main": ("backbone only", "AlignDet"),
+    "task": ("AlignDet", "contrast only", "boxes only"),
+    "peers": ("AlignDet", "reference", "SoCo"),
+}
+
+
+class Bench:
+    """The cells of one detector on one set; ``jobs`` of them at a time, one thread each."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self.detector, self.set, self.jobs = args.detector, SETS[args.set], args.jobs
+        self.runs = args.runs / args.set
+        self.own = self.runs / args.detector
+        self.backbone = f"model.backbone_weights={args.backbone}"
+        folder = args.data / args.set
+        self.train = folder / "annotations/instances_train.json"
+        self.val = folder / "annotations/instances_val.json"
+        self.images = next(path for path in (folder / "train", folder / "JPEGImages") if path.is_dir())
+        self.proposals = args.proposals or self.runs / "proposals.npz"
+        if args.proposals is None:
+            words = ("--annotations", self.train, "--images", self.images, "--out", self.proposals, *self.set.propose)
+            command(None, "-m", "aligndet", "propose", *words)
+
+    def pretrain(self, way: str, seed: int) -> Path:
+        """The weights of a way of pre-training."""
+        run = self.own / f"pretrain-{way.replace(' ', '_')}-{seed}"
+        if not (run / "pretrained.pt").exists():
+            cfg = ("train.py", "--cfg", f"configs/pretrain/{self.detector}_mobilenet_v2.yaml", f"run={run}")
+            paths = (f"data.images={self.images}", f"data.proposals={self.proposals}", self.backbone, "data.workers=0")
+            command(run, *cfg, *paths, f"seed={seed}", "threads=1", *self.set.pretrain, *(WAYS[way].pretrain or ()))
+        return run / "pretrained.pt"
+
+    def finetune(self, way: str, setting: Setting, rate: float, decay: float, fold: int, seed: int = 0) -> dict:
+        """Metrics in per cent, at each validation; ``seed`` of the pre-training."""
+        start = self.backbone if WAYS[way].pretrain is None else f"weights={self.pretrain(way, seed)}"
+        name = f"{setting.labelled}-{setting.steps}-{way.replace(' ', '_')}{seed}-lr{rate:g}-wd{decay:g}-fold{fold}"
+        run = self.own / name
+        if not (run / "metrics.json").exists():
+            cfg = ("train.py", "--cfg", f"configs/finetune/{self.detector}_mobilenet_v2_lowdata.yaml", f"run={run}")
+            data = (f"data.train={self.train}", f"data.val={self.val}", f"data.labelled={setting.labelled}", start)
+            varied = (f"seed={fold}", f"data.fold={fold}", f"optim.lr={rate}", f"optim.weight_decay={decay}")
+            length = (f"optim.steps={setting.steps}", f"eval_every={setting.steps // PARTS}", "data.workers=0")
+            command(run, *cfg, *data, *varied, *length, "threads=1", *self.set.finetune, *WAYS[way].finetune)
+            (run / "checkpoint.pt").unlink()
+            (run / "model.pt").unlink()
+        final = json.loads((run / "metrics.json").read_text())
+        curve = [100 * record["metrics"]["AP"] for record in read_log(run / "log.jsonl") if "metrics" in record]
+        found = {name: 100 * final[name] for name in METRICS} | {"curve": [*curve, 100 * final["AP"]]}
+        if "masks" in final:
+            found["mask AP"] = 100 * final["masks"]["AP"]
+        return found
+
+    def parallel(self, work: Callable[..., object], items: Iterable[Sequence[object]]) -> list:
+        """``work`` of each item, in order."""
+        with ThreadPoolExecutor(self.jobs) as pool:
+            return list(pool.map(lambda item: work(*item), items))
+
+    def tune(self, ways: Sequence[str]) -> dict[str, dict]:
+        """For each way the learning rate, then the weight decay, that does best on the fold that is not reported."""
+        setting = self.set.settings[min(1, len(self.set.settings) - 1)]
+        rates = RATES.get(self.detector, (1e-3, 3e-3, 6e-3))
+        self.parallel(self.pretrain, [(way, 0) for way in ways if WAYS[way].pretrain is not None])
+        cells = [(way, setting, rate, DECAYS[0], TUNING_FOLD) for way in ways for rate in rates]
+        found = dict(zip(cells, self.parallel(self.finetune, cells), strict=True))
+        chosen = {}
+        best = {
+            way: max(rates, key=lambda r, w=way: found[(w, setting, r, DECAYS[0], TUNING_FOLD)]["AP"]) for way in ways
+        }
+        more = [(way, setting, best[way], decay, TUNING_FOLD) for way in ways for decay in DECAYS[1:]]
+        found |= dict(zip(more, self.parallel(self.finetune, more), strict=True))
+        for way in ways:
+            tried = {f"lr {cell[2]:g}, wd {cell[3]:g}": item["AP"] for cell, item in found.items() if cell[0] == way}
+            decay = max(DECAYS, key=lambda d, w=way: found[(w, setting, best[w], d, TUNING_FOLD)]["AP"])
+            chosen[way] = {"lr": best[way], "weight_decay": decay, "tried": tried}
+        return chosen
+
+
+def main_study(bench: Bench, folds: Sequence[int]) -> dict:
+    """Both sides in every setting."""
+    ways = STUDIES["main"]
+    tuned, rows = bench.tune(ways), []
+    cells = [
+        (way, setting, tuned[way]["lr"], tuned[way]["weight_decay"], fold)
+        for setting in bench.set.settings
+        for way in ways
+        for fold in folds
+    ]
+    found = dict(zip(cells, bench.parallel(bench.finetune, cells), strict=True))
+    for setting in bench.set.settings:
+        results = {way: [found[c] for c in cells if c[:2] == (way, setting)] for way in ways}
+        rows.append({"setting": asdict(setting), "results": results, "passes_at_step": passes(results, setting.steps)})
+    print(table(rows), flush=True)
+    return {"tuned": tuned, "rows": rows, "seconds": seconds(bench)}
+
+
+def task_study(bench: Bench, folds: Sequence[int], seeds: Sequence[int]) -> dict:
+    """Contrast, boxes, both, after several pre-trainings each; everything fine-tuned as tuned for it."""
+    ways = STUDIES["task"]
+    tuned = bench.tune(ways)
+    bench.parallel(bench.pretrain, [(way, seed) for way in ways for seed in seeds])
+    settings = bench.set.settings[1:]
+    cells = [
+        (way, setting, tuned[way]["lr"], tuned[way]["weight_decay"], fold, seed)
+        for setting in settings
+        for way in ways
+        for seed in seeds
+        for fold in folds
+    ]
+    found = dict(zip(cells, bench.parallel(bench.finetune, cells), strict=True))
+    rows = []
+    for setting in settings:
+        results = {way: [found[cell] for cell in cells if cell[:2] == (way, setting)] for way in ways}
+        rows.append({"setting": asdict(setting), "results": results})
+    print(table(rows), flush=True)
+    return {"tuned": tuned, "seeds": list(seeds), "rows": rows}
+
+
+def peers_study(bench: Bench, folds: Sequence[int]) -> dict:
+    """Our defaults, the reference's mistakes, SoCo."""
+    ways = STUDIES["peers"]
+    tuned = bench.tune(ways)
+    settings = bench.set.settings[1:]
+    cells = [
+        (way, setting, tuned[way]["lr"], tuned[way]["weight_decay"], fold)
+        for setting in settings
+        for way in ways
+        for fold in folds
+    ]
+    found = dict(zip(cells, bench.parallel(bench.finetune, cells), strict=True))
+    rows = []
+    for setting in settings:
+        results = {way: [found[cell] for cell in cells if cell[:2] == (way, setting)] for way in ways}
+        rows.append({"setting": asdict(setting), "results": results})
+    print(table(rows), flush=True)
+    return {"tuned": tuned, "rows": rows}
+
+
+def passes(results: dict[str, list[dict]], steps: int) -> int | None:
+    """The first validation, in steps, at which AlignDet's mean AP is the other side's final one; None: at none."""
+    goal = statistics.fmean(item["AP"] for item in results["backbone only"])
+    curves = zip(*(item["curve"] for item in results["AlignDet"]), strict=True)
+    for part, values in enumerate(curves, start=1):
+        if statistics.fmean(values) >= goal:
+            return steps * part // PARTS
+    return None
+
+
+def seconds(bench: Bench) -> dict[str, float]:
+    """Seconds of one pre-training and of one run of the longest setting, each with one thread."""
+    longest = max(setting.steps for setting in bench.set.settings)
+    taken = {path.parent.name: json.loads(path.read_text())["seconds"] for path in bench.own.glob("*/seconds.json")}
+    runs = [value for name, value in taken.items() if f"-{longest}-" in name]
+    return {"pretrain": taken["pretrain-AlignDet-0"], f"finetune {longest} steps": statistics.median(runs)}
+
+
+def command(run: Path | None, *words: object) -> None:
+    """Run python with ``words``; what it says goes to ``run``/output.txt, the seconds it took beside it."""
+    text = [str(word) for word in words]
+    print("$ python", *text, flush=True)
+    began = time.perf_counter()
+    if run is None:
+        subprocess.run([sys.executable, *text], cwd=ROOT, check=True)
+        return
+    run.mkdir(parents=True, exist_ok=True)
+    with open(run / "output.txt", "w") as output:
+        subprocess.run([sys.executable, *text], cwd=ROOT, check=True, stdout=output, stderr=subprocess.STDOUT)
+    (run / "seconds.json").write_text(json.dumps({"seconds": time.perf_counter() - began}))
+
+
+def table(rows: list[dict]) -> str:
+    """Mean and standard deviation of each way in each setting."""
+    lines = ["| labels | steps | start | AP | AP50 | AP75 |", "|---|---|---|---|---|---|"]
+    for row in rows:
+        setting = row["setting"]
+        for way, results in row["results"].items():
+            cells = []
+            for name in METRICS:
+                values = [result[name] for result in results]
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                cells.append(f"{statistics.fmean(values):.1f} ± {spread:.1f}")
+            lines.append(f"| {setting['labelled']} | {setting['steps']} | {way} | " + " | ".join(cells) + " |")
+        if "passes_at_step" in row:
+            lines.append(f"AlignDet passes the final AP of the backbone alone at step {row['passes_at_step']}")
+    return "\n".join(lines)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path)
-    parser.add_argument(
-        "--backbone", required=True, type=Path, help="MobileNetV2 ImageNet weights, torchvision's layout"
-    )
-    parser.add_argument("--set", required=True, choices=SETS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--backbone", required=True, type=Path, help="MobileNetV2 weights in torchvision's layout")
+    parser.add_argument("--detector", required=True, choices=["fcos", "retinanet", "faster_rcnn", "mask_rcnn", "detr"])
+    parser.add_argument("--set", default="bccd", choices=SETS)
+    parser.add_argument("--study", nargs="+", default=["main"], choices=STUDIES)
+    parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of pre-training, in study task")
+    parser.add_argument("--proposals", type=Path, help="a proposal file; default: made by aligndet propose")
+    parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/low_data")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     args = parser.parse_args()
-    chosen, runs = SETS[args.set], args.runs / args.set
-    train = args.data / args.set / "annotations/instances_train.json"
-    val = train.with_name("instances_val.json")
-    images = next(path for path in (train.parents[1] / "train", train.parents[1] / "JPEGImages") if path.is_dir())
-    proposals = runs / "proposals.npz"
-    command(
-        "-m", "aligndet", "propose", "--annotations", train, "--images", images, "--out", proposals, *chosen.propose
-    )
-    cfg = ("train.py", "--cfg", "configs/pretrain/fcos_mobilenet_v2.yaml", f"run={runs / 'pretrain'}")
-    paths = (f"data.images={images}", f"data.proposals={proposals}", f"model.backbone_weights={args.backbone}")
-    command(*cfg, *paths, *chosen.pretrain)
-    steps = [record["step_time"] for record in read_log(runs / "pretrain/log.jsonl") if "step_time" in record]
-    starts = {
-        "backbone only": f"model.backbone_weights={args.backbone}",
-        "AlignDet": f"weights={runs / 'pretrain/pretrained.pt'}",
-    }
-
-    def finetune(setting: Setting, start: str, rate: float, seed: int) -> dict[str, float]:
-        run = runs / f"{setting.labelled}-{setting.steps}-{start.split()[0]}-lr{rate}-{seed}"
-        fixed = (f"data.train={train}", f"data.val={val}", f"data.labelled={setting.labelled}", starts[start])
-        varied = (f"run={run}", f"seed={seed}", f"data.fold={seed}", f"optim.steps={setting.steps}", f"optim.lr={rate}")
-        if not (run / "metrics.json").exists():
-            cfg = ("train.py", "--cfg", "configs/finetune/fcos_mobilenet_v2_lowdata.yaml")
-            command(*cfg, *fixed, *varied, *chosen.finetune)
-        metrics = json.loads((run / "metrics.json").read_text())
-        return {name: 100 * metrics[name] for name in METRICS}
-
-    rows = []
-    first = chosen.settings[0]
-    tuning = {
-        start: {rate: statistics.fmean(finetune(first, start, rate, fold)["AP"] for fold in TUNING) for rate in RATES}
-        for start in starts
-    }
-    best = {start: max(tried, key=tried.__getitem__) for start, tried in tuning.items()}
-    for setting in chosen.settings:
-        results = {start: [finetune(setting, start, best[start], seed) for seed in args.seeds] for start in starts}
-        rows.append({"setting": asdict(setting), "rate": best, "results": results})
-        print(table(rows), flush=True)
-    record = {
-        "set": args.set,
-        "seeds": args.seeds,
-        "configuration": asdict(chosen),
-        "tuning": tuning,
-        "rows": rows,
-        "pretraining_seconds_per_step": statistics.median(steps),
-        "environment": environment(),
-    }
-    args.results.mkdir(parents=True, exist_ok=True)
-    (args.results / f"low_data_{args.set}.json").write_text(json.dumps(record, indent=1) + "\n")
-
-
-def command(*words: object) -> None:
-    text = [str(word) for word in words]
-    print("$ python", *text, flush=True)
-    subprocess.run([sys.executable, *text], cwd=ROOT, check=True)
-
-
-def table(rows: list[dict]) -> str:
-    lines = ["| labels | steps | start | lr | AP | AP50 | AP75 |", "|---|---|---|---|---|---|---|"]
-    for row in rows:
-        for start, results in row["results"].items():
-            cells = []
-            for name in METRICS:
-                values = [result[name] for result in results]
-                cells.append(
-                    f"{statistics.fmean(values):.1f} ± {statistics.stdev(values) if len(values) > 1 else 0:.1f}"
-                )
-            setting, rate = row["setting"], row["rate"][start]
-            first = f"| {setting['labelled']} | {setting['steps']} | {start} | {rate:g} | "
-            lines.append(first + " | ".join(cells) + " |")
-    return "\n".join(lines)
+    bench = Bench(args)
+    path = args.results / f"low_data_{args.detector}_{args.set}.json"
+    record = json.loads(path.read_text()) if path.exists() else {"studies": {}}
+    for study in args.study:
+        if study == "main":
+            found = main_study(bench, args.folds)
+        elif study == "task":
+            found = task_study(bench, args.folds, args.seeds)
+        else:
+            found = peers_study(bench, args.folds)
+        record["studies"][study] = found
+        record |= {"detector": args.detector, "set": args.set, "configuration": asdict(SETS[args.set])}
+        record |= {"folds": args.folds, "environment": environment()}
+        args.results.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,26 +3,20 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from torch.utils.data import DataLoader, Subset
-
 from aligndet import config as settings
 from aligndet.config import Config
-from aligndet.data.batch import collate
-from aligndet.data.coco import find_images, load_coco
-from aligndet.data.labelled import EvaluationImages
 from aligndet.engine import checkpoint
 from aligndet.engine.distributed import World, barrier
-from aligndet.engine.evaluate import coco_metrics, evaluate_detector, save_predictions
+from aligndet.engine.evaluate import save_predictions
 from aligndet.engine.loop import Training
 from aligndet.engine.prepare import detector_arguments, pretraining_arguments, training_annotations
+from aligndet.engine.validate import detections_on, metrics_of, validation_file, without_nan
 from aligndet.finetune import FineTune
 from aligndet.image_domain.simsiam import SimSiam
-from aligndet.models import folded
 from aligndet.pretrain import AlignDet
 from aligndet.protocol import Detector
 from aligndet.soco import SoCo
@@ -56,27 +50,15 @@ def evaluate(config: Config, detector: Detector, classes: Sequence[str], world: 
     """COCO metrics of a detector on ``data.val``; writes ``metrics.json`` and ``predictions.json`` into ``folder``.
 
     Returns:
-        The metrics of ``coco_metrics`` for boxes with per-class results, and for detectors with masks those of masks
-        under "masks"; on every rank.
+        The metrics of ``measure`` with per-class results; on every rank.
     """
-    data = config.data
-    if data.val is None:
-        raise ValueError("data.val: evaluation needs it, a COCO json")
-    annotations = load_coco(data.val, classes=classes)
-    root = find_images(data.val, data.val_images, annotations.file_names)
-    sides = {"short_side": data.eval_short_side, "long_side": data.long_side}
-    dataset = EvaluationImages(annotations, root, **sides, on_error=data.on_error)
-    share = Subset(dataset, range(world.rank, len(dataset), world.size))
-    loader = DataLoader(share, batch_size=1, collate_fn=collate, num_workers=data.workers)
-    detections = evaluate_detector(folded(detector).to(world.device), loader, world, amp=config.optim.amp)
+    detections = detections_on(config, detector, classes, world)
     if world.rank == 0:  # first: metrics of masks refuse a file without them, and detections are what took the time
         folder.mkdir(parents=True, exist_ok=True)
-        save_predictions(folder / "predictions.json", data.val, detections, classes=classes)
-    metrics = coco_metrics(data.val, detections, classes=classes, per_class=True)
-    if detector.needs_masks:
-        metrics["masks"] = coco_metrics(data.val, detections, "segm", classes=classes, per_class=True)
+        save_predictions(folder / "predictions.json", validation_file(config), detections, classes=classes)
+    metrics = metrics_of(config, detector, classes, detections, per_class=True)
     if world.rank == 0:
-        (folder / "metrics.json").write_text(json.dumps(_without_nan(metrics), indent=1))
+        (folder / "metrics.json").write_text(json.dumps(without_nan(metrics), indent=1))
     return metrics
 
 
@@ -93,13 +75,6 @@ def summary(metrics: dict[str, Any], per_class: bool = False) -> str:
             for name, row in metrics["classes"].items()
         ]
     return "\n".join(lines)
-
-
-def _without_nan(value: Any) -> Any:
-    """JSON has no nan (metrics of sizes that no object has): null instead."""
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and math.isnan(value) else value
 
 
 def _export(config: Config, training: Training) -> dict[str, Any]:

@@ -17,7 +17,8 @@ class Log:
     """``log.jsonl`` in the run folder, and words for people on stderr; silent on all ranks but the first.
 
     Records: {"step", "steps", "losses", "lr", "gradient_norm", "data_time", "step_time", "eta"} for steps (times in
-    seconds, of that step), {"step", "warning"} and {"note"} otherwise; each has "time", seconds since 1970.
+    seconds, of that step), {"step", "metrics"}, {"step", "warning"} and {"note"} otherwise; each has "time", seconds
+    since 1970.
     """
 
     def __init__(self, folder: Path, world: World) -> None:
@@ -55,6 +56,11 @@ class Log:
             print(f"\r\x1b[K{line}", end="\n" if step == steps else "", file=sys.stderr, flush=True)
         else:
             self._say(line)
+
+    def metrics(self, step: int, metrics: dict[str, Any]) -> None:
+        """Validation after ``step`` steps."""
+        self._write({"step": step, "metrics": metrics})
+        self._say(f"step {step}  AP {100 * metrics['AP']:.1f}  AP50 {100 * metrics['AP50']:.1f}")
 
     def truncate(self, step: int) -> None:
         """Drop the records after ``step`` and a torn last line, so that a continued run has each step once."""

@@ -40,6 +40,8 @@ class Training:
         accumulate: batches per optimizer step.
         clip: largest L2 norm of the gradient, or None.
         amp: "off", "bf16" or "fp16".
+        validate: metrics of the model as it is, on all ranks; read where ``eval_every`` is set.
+        eval_every: steps between two validations, besides the one after the run.
         loader: one tuple of batches per forward pass, from step ``start`` on.
         start: first step to run; more than 0 after a resume.
         skipped: images that could not be read so far, on all ranks.
@@ -60,6 +62,8 @@ class Training:
     amp: str
     log_every: int
     save_every: int
+    validate: Callable[[], dict[str, Any]] | None = None
+    eval_every: int | None = None
     loader: Iterable[tuple[Batch, ...]] = ()
     start: int = 0
     skipped: int = 0
@@ -118,6 +122,8 @@ def fit(training: Training) -> None:
             _report(t, done, unread)
             times = {"data_time": data_time, "step_time": time.perf_counter() - began}
             t.log.progress(done, t.steps, values, {"lr": rate, "gradient_norm": norm.item(), **times})
+        if t.eval_every and t.validate and done % t.eval_every == 0 and done < t.steps:
+            t.log.metrics(done, t.validate())
         if saves:
             save(t, done)
 

@@ -32,6 +32,7 @@ from aligndet.engine.log import Log
 from aligndet.engine.loop import Training, resume
 from aligndet.engine.optim import build_optimizer, parameter_table
 from aligndet.engine.schedules import learning_rate_factor, momentum_at
+from aligndet.engine.validate import detections_on, metrics_of
 from aligndet.finetune import FineTune
 from aligndet.image_domain.simsiam import SimSiam
 from aligndet.models import build_detector, detector_class, options_of
@@ -58,7 +59,7 @@ def prepare(config: Config, world: World) -> Training:
     folder = _open_run(config, world)
     log = Log(folder, world)
     build = {settings.PRETRAIN: _pretraining, settings.FINETUNE: _fine_tuning, settings.IMAGE_DOMAIN: _image_domain}
-    stage = build[config.task](config, log)
+    stage = build[config.task](config, log, world)
     stage.model.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     log.note(parameter_table(stage.model))
     training = _training(config, world, log, folder, stage)
@@ -131,9 +132,10 @@ class Stage:
     model: nn.Module
     backbone: nn.Module
     ema: EMA | None = None
+    validate: Callable[[], dict[str, Any]] | None = None
 
 
-def _pretraining(config: Config, log: Log) -> Stage:
+def _pretraining(config: Config, log: Log, world: World) -> Stage:
     data, method = config.data, config.method
     assert data.images is not None and data.proposals is not None
     proposals = open_proposals(data.proposals)
@@ -205,7 +207,7 @@ def pretraining_arguments(config: Config) -> dict[str, Any]:
     return detector_arguments(config.model, classes or 1) | any_class
 
 
-def _fine_tuning(config: Config, log: Log) -> Stage:
+def _fine_tuning(config: Config, log: Log, world: World) -> Stage:
     data = config.data
     annotations, root, rows = training_annotations(config)
     dataset = LabelledImages(
@@ -230,10 +232,15 @@ def _fine_tuning(config: Config, log: Log) -> Stage:
         log.note(str(load_backbone(detector, config.model.backbone_weights)))
     else:
         log.warning(0, "neither weights nor model.backbone_weights is set: everything starts from random weights")
-    return Stage(dataset, _single, FineTune(detector), detector.backbone)
+
+    def validate() -> dict[str, Any]:
+        detections = detections_on(config, detector, annotations.class_names, world)
+        return metrics_of(config, detector, annotations.class_names, detections)
+
+    return Stage(dataset, _single, FineTune(detector), detector.backbone, validate=validate)
 
 
-def _image_domain(config: Config, log: Log) -> Stage:
+def _image_domain(config: Config, log: Log, world: World) -> Stage:
     data = config.data
     assert data.images is not None
     dataset = CropPairs(
@@ -295,6 +302,8 @@ def _training(config: Config, world: World, log: Log, folder: Path, stage: Stage
         clip=optim.clip,
         amp=optim.amp,
         log_every=config.log_every,
+        validate=stage.validate,
+        eval_every=config.eval_every,
         save_every=config.save_every,
     )
 

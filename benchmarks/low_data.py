@@ -109,6 +109,13 @@ class Bench:
         if args.proposals is None:
             words = ("--annotations", self.train, "--images", self.images, "--out", self.proposals, *self.set.propose)
             command(None, "-m", "aligndet", "propose", *words)
+        if self.detector == "detr" and args.proposals is None:
+            clustered = self.runs / "clustered.npz"
+            if not clustered.exists():
+                words = ("--proposals", self.proposals, "--images", self.images, "--weights", args.backbone)
+                size = ("--short-side", "256", "--long-side", "384", "--clusters", "64", "--backbone", "mobilenet_v2")
+                command(None, "-m", "aligndet", "cluster", *words, *size, "--out", clustered)
+            self.proposals = clustered
 
     def pretrain(self, way: str, seed: int) -> Path:
         """The weights of a way of pre-training."""

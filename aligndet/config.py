@@ -61,6 +61,8 @@ class ModelConfig:
     decoder_layers: int | None = knob(None, above=0, tasks=BOXES)  # detr (6)
     feedforward: int | None = knob(None, above=0, tasks=BOXES)  # detr: hidden width of the transformer's layers (2048)
     dropout: float | None = knob(None, least=0, tasks=BOXES)  # detr (0.1)
+    # As whose model it computes (ours, which is mmdet's but for details): pre-train with it to go on elsewhere.
+    conventions: str | None = knob(None, choices=("aligndet", "torchvision", "mmdet", "detectron2"), tasks=BOXES)
     score_threshold: float | None = knob(None, least=0, tasks=(FINETUNE,))  # less is dropped (0.05; detr 0)
 
 

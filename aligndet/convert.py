@@ -12,7 +12,7 @@ from torch import Tensor
 
 from aligndet.interop import detectron2, detr, mmdet, torchvision
 from aligndet.protocol import Detector
-from aligndet.weights import export_detector, load_detector, read_weights
+from aligndet.weights import export_detector, load_detector, read_weights, unfinished_detector
 
 OURS = "aligndet"
 PEERS = {"torchvision": torchvision, "detr": detr, "mmdet": mmdet, "detectron2": detectron2}
@@ -26,6 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--from", dest="source", required=True, choices=choices, help="library that wrote IN")
     parser.add_argument("--to", dest="target", required=True, choices=choices, help="library that shall read OUT")
     parser.add_argument("--name", help="what the model is called there, e.g. fcos_resnet50_fpn; needed unless ours")
+    parser.add_argument(
+        "--num-classes", type=int, default=80, metavar="K", help="of a pre-trained file's box layers (default 80)"
+    )
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line; default: class_0, class_1, ...")
     parser.add_argument("input", metavar="IN", help="file of weights")
     parser.add_argument("output", metavar="OUT", help="file to write")
@@ -34,7 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Convert one file; what has no counterpart is an error that lists it."""
     if args.source == OURS:
-        detector, _ = load_detector(args.input)
+        unfinished = read_weights(args.input).get("kind") == "pretrained"
+        if unfinished:
+            detector = unfinished_detector(args.input, args.num_classes)
+        else:
+            detector, _ = load_detector(args.input)
         content = _content(args.target, detector, args.input)
     elif args.name is None:
         raise ValueError(f"--name: want what {args.source} calls the model, its builder or config")
@@ -50,8 +57,12 @@ def run(args: argparse.Namespace) -> int:
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, output)
-    number = sum(value.numel() for value in detector.state_dict().values())
+    state = detector.state_dict()
+    number = sum(value.numel() for value in state.values())
     print(f"{output}: {number:,} numbers, for {args.target}")
+    lacking = [name for name, value in state.items() if bool(value.isnan().any())]
+    if lacking:
+        print(f"without {', '.join(lacking)}, which pre-training does not teach; load it with strict=False")
     return 0
 
 
@@ -62,6 +73,8 @@ def _content(target: str, detector: Detector, source: str) -> dict[str, Any]:
         state = PEERS[target].to_state_dict(detector)
     except ValueError as error:
         raise ValueError(f"{source}: {error}") from None
+    # What a pre-training file says nothing about is NaN: scores, and masks. The model there keeps its own.
+    state = {name: value for name, value in state.items() if not bool(value.isnan().any())}
     wrapper = WRAPPERS[target]
     return dict(state) if wrapper is None else {wrapper: state}
 

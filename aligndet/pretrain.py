@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from aligndet.assigners.sampling import PositivesFirst
 from aligndet.losses.contrastive import box_contrastive_loss
 from aligndet.protocol import Detector
-from aligndet.structures import Batch
+from aligndet.structures import Batch, Targets
 
 # Similarities held at once; more are computed in portions, and once more in the backward pass. 256 MiB of float32.
 PAIRS = 2**26
@@ -86,6 +86,9 @@ class AlignDet(nn.Module):
             detector.backbone.requires_grad_(False)
         self.momentum = _average_of(detector, start or detector, freeze_backbone) if contrast > 0 else None
         self.online = detector
+        if self.momentum is None:
+            for value in _unreached(self):
+                value.requires_grad_(False)
         self.train(self.training)
 
     def forward(self, view1: Batch, view2: Batch) -> dict[str, Tensor]:
@@ -168,6 +171,31 @@ def sampler_of(
     wanted: dict[str, Any] = {"limit": candidates, "scope": scope, "background": background}
     changed = replace(own or PositivesFirst(1), **{name: value for name, value in wanted.items() if value is not None})
     return replace(changed, negatives=None) if background else changed
+
+
+def _unreached(model: AlignDet) -> list[nn.Parameter]:
+    """The trainable parameters that no loss depends on: without the contrast, those that only served class scores.
+
+    Found by the graph of the losses of a black image with one box. Left trainable they would wait for gradients that
+    never come, and several ranks with them.
+    """
+    detector = model.online
+    device, mode = next(detector.parameters()).device, detector.training
+    rows = torch.zeros(1, dtype=torch.int64, device=device)
+    targets = Targets(torch.tensor([[64.0, 64.0, 192.0, 192.0]], device=device), rows, rows, rows)
+    sizes = torch.tensor([[256, 256]], device=device)
+    images = torch.zeros(1, 3, 256, 256, dtype=torch.uint8, device=device)
+    trained = [value for value in detector.parameters() if value.requires_grad]
+    detector.eval()
+    with torch.random.fork_rng(devices=[]), torch.enable_grad():  # sampling draws random numbers
+        found = detector.candidates(detector.features(images, sizes), sizes, targets)
+        losses = detector.localization_loss(found, targets)
+        if model.classification:
+            losses |= detector.classification_loss(found, targets)
+        total = torch.stack(list(losses.values())).sum()
+        gradients = torch.autograd.grad(total, trained, allow_unused=True)
+    detector.train(mode)
+    return [value for value, gradient in zip(trained, gradients, strict=True) if gradient is None]
 
 
 def _average_of(detector: Detector, start: Detector, share_backbone: bool) -> Detector:

@@ -168,6 +168,28 @@ def load_pretrained(
     return report
 
 
+def unfinished_detector(path: str | Path, num_classes: int) -> Detector:
+    """The detector of a pre-training file, with NaN wherever that file says nothing; for conversion.
+
+    Raises:
+        ValueError: the file does not say how its detector was built, or is of another kind.
+    """
+    content = read_weights(path)
+    if content.get("kind") != "pretrained" or not content.get("build"):
+        found = content.get("kind", "a file of another program")
+        raise ValueError(
+            f"weights {path}: want pretrained.pt of a pre-training run, got {found} or one without its build"
+        )
+    changed = {"num_classes": num_classes} | ({"class_agnostic": False} if "class_agnostic" in content["build"] else {})
+    detector = build_detector(**content["build"] | changed)
+    with torch.no_grad():
+        for value in detector.state_dict().values():
+            if value.is_floating_point():
+                value.fill_(torch.nan)
+    load_pretrained(detector, path)
+    return detector
+
+
 def export_detector(detector: Detector, classes: Sequence[str], build: Mapping[str, Any]) -> dict[str, Any]:
     """A trained detector with its class names and the arguments of ``build_detector`` that it was built with."""
     state = {name: value.cpu() for name, value in detector.state_dict().items()}

@@ -14,28 +14,48 @@ from aligndet.structures import BACKGROUND, IGNORED
 
 
 def box_contrastive_loss(
-    query: Tensor, query_ids: list[int], key: Tensor, key_ids: list[int], temperature: float
+    query: Tensor,
+    query_ids: list[int],
+    key: Tensor,
+    key_ids: list[int],
+    temperature: float,
+    positives: str = "keys",
+    own_keys: bool = False,
+    reduction: str = "boxes",
 ) -> Tensor:
     """Mean over boxes of the mean over (query, key) pairs of -log(e^s / (e^s + sum of e^negatives))."""
 
     online = [row / row.norm() for row in query]
     momentum = [(row / row.norm()).detach() for row in key]
-    everyone = list(zip([*query_ids, *key_ids], [row.detach() for row in online] + momentum, strict=True))
+    constants = [row.detach() for row in online]
+    everyone = list(zip([*query_ids, *key_ids], constants + momentum, strict=True))
     costs: dict[int, list[Tensor]] = {}
-    for row, box in zip(online, query_ids, strict=True):
+    means = []
+    for number, (row, box) in enumerate(zip(online, query_ids, strict=True)):
         if box < 0:
             continue
         rest = query.new_zeros(())
         for other, negative in everyone:
             if other != box and other != IGNORED:
                 rest = rest + (row @ negative / temperature).exp()
-        for other, candidate in zip(key_ids, momentum, strict=True):
-            if other == box:
-                positive = (row @ candidate / temperature).exp()
-                costs.setdefault(box, []).append(-(positive / (positive + rest)).log())
-    if not costs:
+        keys = [candidate for other, candidate in zip(key_ids, momentum, strict=True) if other == box]
+        mates = [constants[i] for i, other in enumerate(query_ids) if other == box and i != number]
+        if not keys and own_keys:
+            keys = [online[i] for i, other in enumerate(query_ids) if other == box]
+        pairs = []
+        for candidate in keys + (mates if positives == "both" else []):
+            positive = (row @ candidate / temperature).exp()
+            pairs.append(-(positive / (positive + rest)).log())
+        costs.setdefault(box, []).extend(pairs)
+        means += [torch.stack(pairs).mean()] if pairs else []
+    filled = [pairs for pairs in costs.values() if pairs]
+    if not filled:
         return query.sum() * 0
-    return torch.stack([torch.stack(pairs).mean() for pairs in costs.values()]).mean()
+    if reduction == "sum":
+        return torch.stack([pair for pairs in filled for pair in pairs]).sum()
+    if reduction == "queries":
+        return torch.stack(means).mean()
+    return torch.stack([torch.stack(pairs).mean() for pairs in filled]).mean()
 
 
 def assign_center(

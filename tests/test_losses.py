@@ -39,6 +39,31 @@ def test_contrastive_equals_the_double_loop_with_gradients(chunk: int | None) ->
     assert with_pairs > 20, "the cases are not all trivial"
 
 
+@pytest.mark.parametrize("positives", ["keys", "both"])
+@pytest.mark.parametrize("own_keys", [False, True])
+@pytest.mark.parametrize("reduction", ["boxes", "queries", "sum"])
+@pytest.mark.parametrize("chunk", [None, 2])
+def test_contrastive_variants_equal_the_double_loop(
+    positives: str, own_keys: bool, reduction: str, chunk: int | None
+) -> None:
+    if own_keys and positives == "both":
+        return  # a lonely box then counts its queries twice on both sides
+    different = 0
+    for seed in range(40):
+        query, query_ids, key, key_ids = random_case(seed)
+        options = {"positives": positives, "own_keys": own_keys, "reduction": reduction}
+        loss = box_contrastive_loss(query, query_ids, key, key_ids, temperature=0.5, chunk=chunk, **options)  # type: ignore[arg-type]
+        lists = (query, query_ids.tolist(), key, key_ids.tolist(), 0.5)
+        naive = reference.box_contrastive_loss(*lists, **options)  # type: ignore[arg-type]
+        assert abs(loss - naive) < 1e-11 * max(1.0, naive.item())
+        gradients = [torch.autograd.grad(item, query)[0] for item in (loss, naive)]
+        assert torch.allclose(*gradients, atol=1e-11)
+        different += abs(naive - reference.box_contrastive_loss(*lists)) > 1e-6
+    assert different > 5 or options == {"positives": "keys", "own_keys": False, "reduction": "boxes"}
+    with pytest.raises(ValueError, match="want positives in"):
+        box_contrastive_loss(query, query_ids, key, key_ids, temperature=0.5, positives="some")
+
+
 def test_contrastive_by_hand() -> None:
     """One query, its key at cosine 1, one negative at cosine 0, temperature 1: log(1 + 1/e)."""
     query = torch.tensor([[2.0, 0.0]], dtype=torch.float64)

@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
     network = build_backbone(args.backbone, width=args.width)
     load_backbone(nn.ModuleDict({"backbone": network}), args.weights)
     with_pointwise(network)
-    network.eval().to(device).to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    network.eval().to(device).to(memory_format=torch.channels_last)
     extractor = Extractor(network, proposals, Path(args.images), settings)
     sources = {"proposals": _fingerprint(proposals), "weights": _checksum(network)}
     state = State(out, asdict(settings) | sources, args.overwrite)

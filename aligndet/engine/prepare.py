@@ -45,6 +45,11 @@ from aligndet.structures import Batch
 from aligndet.weights import load_backbone, load_pretrained
 
 # Keys that may change between a run and its continuation: they say where and how often, not what is computed.
+OPTIONS = (
+    *("channels", "convolutions", "levels", "centre_radius", "box_head", "head_width", "regions", "class_agnostic"),
+    *("neck_norm", "queries", "encoder_layers", "decoder_layers", "feedforward", "dropout", "conventions"),
+    "score_threshold",
+)  # of the detector's class, where the config sets them
 FREE_KEYS = ("run:", "device:", "threads:", "log_every:", "save_every:", "eval_every:", "data.workers:")
 
 
@@ -85,20 +90,7 @@ def prepare(config: Config, world: World) -> Training:
 
 def detector_arguments(model: ModelConfig, num_classes: int) -> dict[str, Any]:
     """The arguments of ``build_detector`` that a config stands for."""
-    options = (
-        *("channels", "convolutions", "levels", "centre_radius", "box_head", "neck_norm", "score_threshold"),
-        *(
-            "queries",
-            "encoder_layers",
-            "decoder_layers",
-            "feedforward",
-            "dropout",
-            "class_agnostic",
-            "head_width",
-            "regions",
-        ),
-    )
-    chosen = {name: getattr(model, name) for name in options if getattr(model, name) is not None}
+    chosen = {name: getattr(model, name) for name in OPTIONS if getattr(model, name) is not None}
     return chosen | {
         "name": model.detector,
         "backbone": model.backbone,

@@ -1,0 +1,129 @@
+"""``aligndet cluster`` as a user runs it: labels in the file, resumed after a kill, refused input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+
+from aligndet import cli
+from aligndet.data.proposals import open_proposals
+from aligndet.data.synthetic import make_scenes
+from aligndet.data.views import ViewPairs
+from aligndet.engine import cluster
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("cluster")
+    make_scenes(folder, images=9, size=96, seed=3, name="train")
+    proposals = ["propose", "--images", str(folder / "images"), "--out", str(folder / "p.npz"), "--mode", "single"]
+    assert cli.main([*proposals, "--workers", "1", "--min-size", "6"]) == 0
+    torch.manual_seed(0)
+    torch.save(torchvision.models.resnet18(weights=None).state_dict(), folder / "r18.pth")
+    return folder
+
+
+def command(folder: Path, out: str, *more: str) -> list[str]:
+    paths = ["--proposals", str(folder / "p.npz"), "--images", str(folder / "images"), "--out", str(folder / out)]
+    model = ["--backbone", "resnet18", "--weights", str(folder / "r18.pth"), "--device", "cpu"]
+    return ["cluster", *paths, *model, "--clusters", "7", "--dimensions", "5", "--short-side", "96", *more]
+
+
+def test_boxes_get_the_class_of_their_nearest_centre(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(command(folder, "c.npz")) == 0
+    assert "in 7 pseudo-classes" in capsys.readouterr().out
+    plain, clustered = open_proposals(folder / "p.npz"), open_proposals(folder / "c.npz")
+    assert plain.labels is None and plain.clusters is None
+    assert clustered.clusters == 7 and clustered.labels is not None
+    assert np.array_equal(clustered.boxes, plain.boxes) and clustered.names == plain.names
+    assert set(clustered.labels.tolist()) <= set(range(7)) and len(set(clustered.labels.tolist())) > 3
+    assert clustered.parameters["clustering"]["dimensions"] == 5
+    assert clustered.parameters["mode"] == plain.parameters["mode"]
+    assert not (folder / "c.npz.state").exists() and not (folder / "c.npz.features").exists()
+    view, other = ViewPairs(folder / "images", clustered, short_sides=(96,), long_side=96, proposals_per_image=4)[
+        (0, 1)
+    ]
+    assert torch.equal(view.labels, torch.from_numpy(clustered.labels_of(view.image_id))[view.ids])
+    assert torch.equal(view.labels, other.labels)
+    events = [json.loads(line)["event"] for line in (folder / "c.npz.jsonl").read_text().splitlines()]
+    assert "k-means" in events
+
+
+@pytest.mark.parametrize("moment", ["components", "features", "centres"])
+def test_an_interrupted_run_ends_with_the_same_classes(
+    folder: Path, moment: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = f"{moment}.npz"
+    assert cli.main(command(folder, f"whole_{out}")) == 0
+    monkeypatch.setattr(cluster, "SAVE_EVERY", 2)
+    calls = {"components": "principal_components", "features": "read_image", "centres": "improve"}[moment]
+    original, count = getattr(cluster, calls), 0
+
+    def killed(*arguments: object) -> object:
+        nonlocal count
+        count += 1
+        if count > {"components": 0, "features": 13, "centres": 2}[moment]:
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(cluster, calls, killed)
+    with pytest.raises(SystemExit):
+        cli.main(command(folder, out))
+    assert not (folder / out).exists()
+    if moment != "components":
+        assert (folder / f"{out}.state").exists()
+    monkeypatch.setattr(cluster, calls, original)
+    assert cli.main(command(folder, out)) == 0
+    first, second = open_proposals(folder / out), open_proposals(folder / f"whole_{out}")
+    assert first.labels is not None and second.labels is not None
+    assert np.array_equal(first.labels, second.labels)
+
+
+def test_unreadable_images_are_counted(folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copytree(folder / "images", tmp_path / "images")
+    broken = sorted((tmp_path / "images").rglob("*.*"))[2]
+    broken.write_bytes(b"no image")
+    arguments = command(folder, "broken.npz")
+    arguments[arguments.index("--images") + 1] = str(tmp_path / "images")
+    assert cli.main(arguments) == 0
+    said = capsys.readouterr()
+    assert "1 images could not be read" in said.out and broken.name in said.err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (("--clusters", "100000"), "--clusters: want at most the"),
+        (("--clusters", "0"), "--clusters: want a positive number, got 0"),
+        (("--weights", "none.pth"), "weights none.pth: no such file"),
+        (("--proposals", "none.npz"), "no such file"),
+    ],
+)
+def test_impossible_requests_are_one_line(
+    folder: Path, more: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(command(folder, "x.npz", *more))
+    assert caught.value.code == 2
+    error = capsys.readouterr().err
+    assert message in error and "Traceback" not in error
+
+
+def test_work_of_other_settings_is_not_mixed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def killed(*arguments: object) -> object:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(cluster, "improve", killed)
+        cli.main(command(folder, "mixed.npz"))
+    with pytest.raises(SystemExit):
+        cli.main(command(folder, "mixed.npz", "--seed", "5"))
+    assert cli.main(command(folder, "mixed.npz", "--seed", "5", "--overwrite")) == 0
+    with pytest.raises(SystemExit):
+        cli.main(command(folder, "mixed.npz", "--seed", "5"))

@@ -1,0 +1,87 @@
+"""Claims about SoCo: what is compared, what learns, what is handed over."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from aligndet.engine.ema import EMA
+from aligndet.models import DETECTORS, build_detector
+from aligndet.protocol import Detector
+from aligndet.soco import SoCo
+from aligndet.structures import Batch, Targets
+from aligndet.weights import export_pretrained, load_pretrained
+from tests.scenes import views_of
+
+everyone = pytest.mark.parametrize("name", list(DETECTORS))
+
+
+def small(name: str, classes: int = 1) -> Detector:
+    torch.manual_seed(1)
+    return build_detector(name, "resnet18", classes, width=0.25, channels=32, norm="affine")
+
+
+def picked(batch: Batch, rows: list[int]) -> Batch:
+    fields = (getattr(batch.targets, name)[torch.tensor(rows)] for name in ("boxes", "labels", "ids", "image"))
+    return replace(batch, targets=Targets(*fields))
+
+
+@everyone
+def test_the_loss_is_the_distance_of_the_same_boxes(name: str) -> None:
+    """Box by box: rows of the views are in another order, and each lacks one."""
+    model = SoCo(small(name), embedding=8, hidden=16).eval()
+    view1, view2 = views_of((4, 3))
+    first, second = picked(view1, [0, 1, 2, 4, 5, 6]), picked(view2, [6, 1, 0, 3, 5, 2])
+    with torch.no_grad():
+        loss = model(first, second)["region"]
+        distances = []
+        for box in (0, 1, 2, 5, 6):  # the rows of views_of that both have
+            vectors = []
+            for view in (view1, view2):
+                targets = view.targets
+                features = model.online.features(view.images, view.sizes)
+                regions = model.online.region_features(features, targets.boxes, targets.image, view.images.shape[2])
+                vectors.append(model.projector(regions)[box])
+            for a, b in (vectors, vectors[::-1]):
+                distances.append(2 - 2 * F.cosine_similarity(model.predictor(a[None])[0], b, dim=0))
+    assert loss.item() == pytest.approx(torch.stack(distances).mean().item(), abs=1e-4)
+
+
+@everyone
+def test_backbone_and_neck_learn_and_the_rest_stays(name: str, tmp_path: Path) -> None:
+    model = SoCo(small(name), embedding=8, hidden=16).train()
+    before = {key: value.clone() for key, value in model.online.state_dict().items()}
+    average = EMA(model.averaged, model.momentum)
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], 0.1)
+    for _ in range(2):
+        model(*views_of((4, 3)))["region"].backward()
+        lacking = [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
+        assert not lacking
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(0.5)
+    moved = {
+        key.split(".")[0] for key, value in model.online.state_dict().items() if not torch.equal(value, before[key])
+    }
+    assert moved == {"backbone", "neck"} | ({"head"} if name.endswith("rcnn") else set())
+    torch.save(export_pretrained(model), tmp_path / "soco.pt")
+    report = load_pretrained(small(name, 5), tmp_path / "soco.pt")
+    assert {key.split(".")[0] for key in report.loaded} == moved
+    own = model.online.state_dict()
+    copies = model.momentum["online"].state_dict()
+    assert any(not torch.equal(own[key], copies[key]) for key in report.loaded)
+
+
+@everyone
+def test_views_without_a_common_box_cost_nothing(name: str) -> None:
+    model = SoCo(small(name), embedding=8, hidden=16).train()
+    view1, view2 = views_of((2, 1))
+    for views in (views_of((0, 0)), (picked(view1, [0]), picked(view2, [1, 2]))):
+        loss = model(*views)["region"]
+        assert loss == 0
+        loss.backward()
+        assert not [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]

@@ -268,6 +268,8 @@ def _checked(value: Any, hint: Any, metadata: Mapping[str, Any], key: str) -> An
     if value is None and type(None) in options:
         return None
     want = next(option for option in options if option is not type(None))
+    if value is False and "off" in metadata["choices"]:
+        value = "off"  # which YAML 1.1 reads as false
     converted = _converted(value, want)
     if converted is None:
         raise ValueError(f"{key}: want {_describe(hint)}, got {value!r}")

@@ -177,9 +177,7 @@ def unfinished_detector(path: str | Path, num_classes: int) -> Detector:
     content = read_weights(path)
     if content.get("kind") != "pretrained" or not content.get("build"):
         found = content.get("kind", "a file of another program")
-        raise ValueError(
-            f"weights {path}: want pretrained.pt of a pre-training run, got {found} or one without its build"
-        )
+        raise ValueError(f"weights {path}: want pretrained.pt of a run, which says how it was built, got {found}")
     changed = {"num_classes": num_classes} | ({"class_agnostic": False} if "class_agnostic" in content["build"] else {})
     detector = build_detector(**content["build"] | changed)
     with torch.no_grad():

@@ -40,9 +40,9 @@ TWINS = {
 Step = Callable[[], None]
 
 
-def random_boxes() -> Tensor:
-    corner = torch.rand(BOXES, 2) * (SIZE - 160)
-    return torch.cat([corner, corner + 32 + torch.rand(BOXES, 2) * 128], dim=1)
+def random_boxes(number: int = BOXES) -> Tensor:
+    corner = torch.rand(number, 2) * (SIZE - 160)
+    return torch.cat([corner, corner + 32 + torch.rand(number, 2) * 128], dim=1)
 
 
 def masks_of(boxes: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def ours(name: str) -> tuple[Step, Step]:
     return training(model, lambda: list(model(batch).values())), infer
 
 
-def torchvisions(name: str) -> tuple[Step, Step]:
+def torchvisions(name: str, number: int = BOXES) -> tuple[Step, Step]:
     build = getattr(torchvision.models.detection, TWINS[name])
     sides = {"min_size": SIZE, "max_size": SIZE}
     model = build(weights=None, weights_backbone=None, num_classes=CLASSES + (name.endswith("rcnn")), **sides).train()
@@ -94,8 +94,9 @@ def torchvisions(name: str) -> tuple[Step, Step]:
     for key, parameter in model.backbone.body.named_parameters():
         parameter.requires_grad_(key.startswith(("layer2", "layer3", "layer4")))
     images = [torch.rand(3, SIZE, SIZE) for _ in range(IMAGES)]
-    boxes = [random_boxes() for _ in range(IMAGES)]
-    targets = [{"boxes": b, "labels": torch.arange(BOXES) + 1, "masks": masks_of(b).to(torch.uint8)} for b in boxes]
+    boxes = [random_boxes(number) for _ in range(IMAGES)]
+    labels = torch.arange(number) % (CLASSES - 1) + 1
+    targets = [{"boxes": b, "labels": labels, "masks": masks_of(b).to(torch.uint8)} for b in boxes]
     test = build(weights=None, weights_backbone=None, num_classes=model_classes(name), min_size=LARGE, max_size=LARGE)
     freeze(test.backbone.body)
     test.eval()
@@ -120,7 +121,7 @@ def freeze(body: nn.Module) -> None:
                 setattr(parent, key, FrozenBatchNorm2d(child.num_features))
 
 
-def hugging_face(name: str) -> tuple[Step, Step]:
+def hugging_face(name: str, number: int = BOXES) -> tuple[Step, Step]:
     config = DetrConfig(
         use_timm_backbone=False,
         use_pretrained_backbone=False,
@@ -136,9 +137,9 @@ def hugging_face(name: str) -> tuple[Step, Step]:
     pixels = torch.rand(IMAGES, 3, SIZE, SIZE)
     labels = []
     for _ in range(IMAGES):
-        boxes = random_boxes() / SIZE
+        boxes = random_boxes(number) / SIZE
         shares = torch.cat([(boxes[:, :2] + boxes[:, 2:]) / 2, boxes[:, 2:] - boxes[:, :2]], dim=1)
-        labels.append({"class_labels": torch.arange(BOXES), "boxes": shares})
+        labels.append({"class_labels": torch.arange(number), "boxes": shares})
     test = DetrForObjectDetection(config).eval()
     large = torch.rand(1, 3, LARGE, LARGE)
 

@@ -72,6 +72,16 @@ def test_values_convert_where_yaml_is_known_to_trip(tmp_path: Path) -> None:
     assert type(config.optim.clip) is float
 
 
+def test_a_word_that_yaml_reads_as_false_is_taken_as_the_word(tmp_path: Path) -> None:
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "task: image_domain\nrun: r\nmodel: {norm: batch}\ndata: {images: i}\noptim: {steps: 1, amp: off}\n"
+    )
+    assert load_config(path).optim.amp == "off"
+    with pytest.raises(ValueError, match=r"optim.name: want text, got False"):
+        load_config(path, ["optim.name=off"])
+
+
 def test_overrides_win_and_are_read_as_yaml(tmp_path: Path) -> None:
     path = tmp_path / "a.yaml"
     path.write_text("task: finetune\nrun: r\ndata: {train: t}\noptim: {steps: 7}\n")

@@ -111,6 +111,16 @@ def test_from_images_to_metrics(scenes: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "found/drawn").iterdir())) == 16
 
 
+def test_validation_on_the_way_changes_nothing_but_the_log(scenes: Path, tmp_path: Path) -> None:
+    for name, more in (("plain", ()), ("watched", ("eval_every=2",))):
+        train(finetune_config(scenes, tmp_path / name), *more)
+    plain, watched = (weights_of(tmp_path / name / "model.pt") for name in ("plain", "watched"))
+    assert all(torch.equal(value, watched[key]) for key, value in plain.items())
+    records = [record for record in read_log(tmp_path / "watched/log.jsonl") if "metrics" in record]
+    assert [record["step"] for record in records] == [2], "the last step is measured after the run"
+    assert 0 <= records[0]["metrics"]["AP"] <= 1
+
+
 def test_image_domain_backbone_feeds_the_detector(scenes: Path, tmp_path: Path) -> None:
     tree = {
         "task": "image_domain",

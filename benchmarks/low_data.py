@@ -35,6 +35,7 @@ METRICS = ("AP", "AP50", "AP75")
 TUNING_FOLD = 0
 DECAYS = (1e-4, 5e-2)
 PARTS = 4  # validations of a run, the last at its end
+PRECISION = "optim.amp=bf16"  # of every training: a third less time than float32 where the processor has it
 
 
 @dataclass(frozen=True)
@@ -123,7 +124,16 @@ class Bench:
         if not (run / "pretrained.pt").exists():
             cfg = ("train.py", "--cfg", f"configs/pretrain/{self.detector}_mobilenet_v2.yaml", f"run={run}")
             paths = (f"data.images={self.images}", f"data.proposals={self.proposals}", self.backbone, "data.workers=0")
-            command(run, *cfg, *paths, f"seed={seed}", "threads=1", *self.set.pretrain, *(WAYS[way].pretrain or ()))
+            command(
+                run,
+                *cfg,
+                *paths,
+                f"seed={seed}",
+                "threads=1",
+                PRECISION,
+                *self.set.pretrain,
+                *(WAYS[way].pretrain or ()),
+            )
         return run / "pretrained.pt"
 
     def finetune(self, way: str, setting: Setting, rate: float, decay: float, fold: int, seed: int = 0) -> dict:
@@ -136,7 +146,7 @@ class Bench:
             data = (f"data.train={self.train}", f"data.val={self.val}", f"data.labelled={setting.labelled}", start)
             varied = (f"seed={fold}", f"data.fold={fold}", f"optim.lr={rate}", f"optim.weight_decay={decay}")
             length = (f"optim.steps={setting.steps}", f"eval_every={setting.steps // PARTS}", "data.workers=0")
-            command(run, *cfg, *data, *varied, *length, "threads=1", *self.set.finetune, *WAYS[way].finetune)
+            command(run, *cfg, *data, *varied, *length, "threads=1", PRECISION, *self.set.finetune, *WAYS[way].finetune)
             (run / "checkpoint.pt").unlink()
             (run / "model.pt").unlink()
         final = json.loads((run / "metrics.json").read_text())

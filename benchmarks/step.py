@@ -1,9 +1,9 @@
 """Time of one AlignDet pre-training step beside a training step of the twin, and peak memory of each, per detector.
 
 ResNet-50, 2 images of 320 x 320 (two views of each in pre-training), 50 boxes per image, one thread by default. The
-twin is torchvision's detector with the same head (DETR: Hugging Face's), as in ``detectors.py``; ours of Faster and Mask
-R-CNN is also timed with the paper's 4conv1fc head. DETR pre-trains with 256 pseudo-classes. Both sides take turns in
-one process for the time; each has a process of its own for the peak memory. ``--parts`` prints where our step spends
+twin is torchvision's detector with the same head (DETR: Hugging Face's), as in ``detectors.py``; ours of Faster and
+Mask R-CNN is also timed with the paper's 4conv1fc head. DETR pre-trains with 256 pseudo-classes. Both sides take turns
+in one process for the time; each has a process of its own for the peak memory. ``--parts`` prints where our step spends
 its time.
 """
 

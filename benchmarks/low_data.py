@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[1]
 METRICS = ("AP", "AP50", "AP75")
 TUNING_FOLD = 0
 DECAYS = (1e-4, 5e-2)
-PARTS = 4  # validations of a run, the last at its end
+PARTS, LEAST = 4, 50  # validations of a run, the last at its end; steps between two of them at least
 PRECISION = "optim.amp=bf16"  # of every training: a third less time than float32 where the processor has it
 
 
@@ -145,7 +145,7 @@ class Bench:
             cfg = ("train.py", "--cfg", f"configs/finetune/{self.detector}_mobilenet_v2_lowdata.yaml", f"run={run}")
             data = (f"data.train={self.train}", f"data.val={self.val}", f"data.labelled={setting.labelled}", start)
             varied = (f"seed={fold}", f"data.fold={fold}", f"optim.lr={rate}", f"optim.weight_decay={decay}")
-            length = (f"optim.steps={setting.steps}", f"eval_every={setting.steps // PARTS}", "data.workers=0")
+            length = (f"optim.steps={setting.steps}", f"eval_every={interval(setting.steps)}", "data.workers=0")
             command(run, *cfg, *data, *varied, *length, "threads=1", PRECISION, *self.set.finetune, *WAYS[way].finetune)
             (run / "checkpoint.pt").unlink()
             (run / "model.pt").unlink()
@@ -247,8 +247,13 @@ def passes(results: dict[str, list[dict]], steps: int) -> int | None:
     curves = zip(*(item["curve"] for item in results["AlignDet"]), strict=True)
     for part, values in enumerate(curves, start=1):
         if statistics.fmean(values) >= goal:
-            return steps * part // PARTS
+            return interval(steps) * part
     return None
+
+
+def interval(steps: int) -> int:
+    """Steps from one validation to the next."""
+    return max(LEAST, steps // PARTS)
 
 
 def seconds(bench: Bench) -> dict[str, float]:

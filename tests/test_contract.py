@@ -22,10 +22,11 @@ from aligndet.models import DETECTORS, build_detector
 from aligndet.models.fcos import FCOSCandidates
 from aligndet.models.retinanet import RetinaNetCandidates
 from aligndet.models.two_stage import RegionCandidates, TwoStage
+from aligndet.pretrain import AlignDet
 from aligndet.protocol import Detector, normalise
 from aligndet.structures import Batch, Candidates, Targets
 from tests.ranks import on_two_ranks
-from tests.scenes import boxes_for
+from tests.scenes import boxes_for, views_of
 
 ROOT = Path(__file__).parents[1]
 SIZES = ((96, 89), (64, 120), (71, 73), (128, 100))  # (height, width) px; together 128 x 128 padded
@@ -257,3 +258,18 @@ print("rank", rank, "done")
 def test_a_rank_without_boxes_gets_the_gradients_of_the_other() -> None:
     outputs = on_two_ranks(SCRIPT)
     assert "rank 1 done" in outputs[1]
+
+
+@pytest.mark.parametrize("backbone", ["resnet50", "mobilenet_v2", "swin_t"])  # one of each kind; ResNet-18 elsewhere
+@pytest.mark.parametrize("name", list(DETECTORS))
+def test_every_kind_of_backbone_is_pre_trained_upon(name: str, backbone: str) -> None:
+    """One step: everything that learns gets a gradient, the backbone none, whatever its channels and strides are."""
+    own: dict[str, object] = {"class_agnostic": True, "box_head": "2fc", "head_width": 64} if "rcnn" in name else {}
+    detector = build_detector(name, backbone, 1, width=0.25, channels=64, **own)  # type: ignore[arg-type]
+    model = AlignDet(detector, embedding=16).train()
+    losses = model(*views_of((4, 3)))
+    torch.stack(list(losses.values())).sum().backward()
+    assert all(bool(loss.isfinite()) for loss in losses.values()) and losses["contrast"] > 0
+    lacking = [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
+    assert not lacking
+    assert not any(value.requires_grad for value in detector.backbone.parameters())

@@ -48,7 +48,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Set:
-    """A data set: options of propose and of both trainings, and the rows that are measured; the second one is tuned."""
+    """A data set: options of propose and of both trainings, and the rows that are measured; the first one is tuned."""
 
     settings: tuple[Setting, ...]
     propose: tuple[str, ...] = ()
@@ -67,12 +67,12 @@ class Way:
 LARGER = ("data.short_side=[224, 256]", "data.long_side=384")
 PERSONS = ("data.eval_short_side=256", "data.classes=[person]")
 SETS = {
-    "bccd": Set((Setting(10, 100), Setting(20, 100), Setting(20, 300)), propose=("--size", "256")),
+    "bccd": Set((Setting(20, 100), Setting(10, 100), Setting(20, 300)), propose=("--size", "256")),
     "coco_by_person": Set(
         (Setting(94, 100), Setting(94, 300)), ("--size", "384"), pretrain=LARGER, finetune=LARGER + PERSONS
     ),
     "coco_by_masks": Set(
-        (Setting(50, 100), Setting(100, 100), Setting(100, 300)),
+        (Setting(100, 100), Setting(50, 100), Setting(100, 300)),
         ("--size", "384"),
         pretrain=LARGER,
         finetune=LARGER + PERSONS,
@@ -99,6 +99,7 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.detector, self.set, self.jobs = args.detector, SETS[args.set], args.jobs
+        self.settings = args.settings or self.set.settings
         self.runs = args.runs / args.set
         self.own = self.runs / args.detector
         self.backbone = f"model.backbone_weights={args.backbone}"
@@ -145,7 +146,8 @@ class Bench:
             cfg = ("train.py", "--cfg", f"configs/finetune/{self.detector}_mobilenet_v2_lowdata.yaml", f"run={run}")
             data = (f"data.train={self.train}", f"data.val={self.val}", f"data.labelled={setting.labelled}", start)
             varied = (f"seed={fold}", f"data.fold={fold}", f"optim.lr={rate}", f"optim.weight_decay={decay}")
-            length = (f"optim.steps={setting.steps}", f"eval_every={interval(setting.steps)}", "data.workers=0")
+            watched = (f"eval_every={interval(setting.steps)}",) if fold != TUNING_FOLD else ()
+            length = (f"optim.steps={setting.steps}", *watched, "data.workers=0")
             command(run, *cfg, *data, *varied, *length, "threads=1", PRECISION, *self.set.finetune, *WAYS[way].finetune)
             (run / "checkpoint.pt").unlink()
             (run / "model.pt").unlink()
@@ -163,7 +165,7 @@ class Bench:
 
     def tune(self, ways: Sequence[str]) -> dict[str, dict]:
         """For each way the learning rate, then the weight decay, that does best on the fold that is not reported."""
-        setting = self.set.settings[min(1, len(self.set.settings) - 1)]
+        setting = self.settings[0]
         rates = RATES.get(self.detector, (1e-3, 3e-3, 6e-3))
         self.parallel(self.pretrain, [(way, 0) for way in ways if WAYS[way].pretrain is not None])
         cells = [(way, setting, rate, DECAYS[0], TUNING_FOLD) for way in ways for rate in rates]
@@ -187,12 +189,12 @@ def main_study(bench: Bench, folds: Sequence[int]) -> dict:
     tuned, rows = bench.tune(ways), []
     cells = [
         (way, setting, tuned[way]["lr"], tuned[way]["weight_decay"], fold)
-        for setting in bench.set.settings
+        for setting in bench.settings
         for way in ways
         for fold in folds
     ]
     found = dict(zip(cells, bench.parallel(bench.finetune, cells), strict=True))
-    for setting in bench.set.settings:
+    for setting in bench.settings:
         results = {way: [found[c] for c in cells if c[:2] == (way, setting)] for way in ways}
         rows.append({"setting": asdict(setting), "results": results, "passes_at_step": passes(results, setting.steps)})
     print(table(rows), flush=True)
@@ -204,17 +206,16 @@ def task_study(bench: Bench, folds: Sequence[int], seeds: Sequence[int]) -> dict
     ways = STUDIES["task"]
     tuned = bench.tune(ways)
     bench.parallel(bench.pretrain, [(way, seed) for way in ways for seed in seeds])
-    settings = bench.set.settings[1:]
     cells = [
         (way, setting, tuned[way]["lr"], tuned[way]["weight_decay"], fold, seed)
-        for setting in settings
+        for setting in bench.settings
         for way in ways
         for seed in seeds
         for fold in folds
     ]
     found = dict(zip(cells, bench.parallel(bench.finetune, cells), strict=True))
     rows = []
-    for setting in settings:
+    for setting in bench.settings:
         results = {way: [found[cell] for cell in cells if cell[:2] == (way, setting)] for way in ways}
         rows.append({"setting": asdict(setting), "results": results})
     print(table(rows), flush=True)
@@ -225,16 +226,15 @@ def peers_study(bench: Bench, folds: Sequence[int]) -> dict:
     """Our defaults, the reference's mistakes, SoCo."""
     ways = STUDIES["peers"]
     tuned = bench.tune(ways)
-    settings = bench.set.settings[1:]
     cells = [
         (way, setting, tuned[way]["lr"], tuned[way]["weight_decay"], fold)
-        for setting in settings
+        for setting in bench.settings
         for way in ways
         for fold in folds
     ]
     found = dict(zip(cells, bench.parallel(bench.finetune, cells), strict=True))
     rows = []
-    for setting in settings:
+    for setting in bench.settings:
         results = {way: [found[cell] for cell in cells if cell[:2] == (way, setting)] for way in ways}
         rows.append({"setting": asdict(setting), "results": results})
     print(table(rows), flush=True)
@@ -258,7 +258,7 @@ def interval(steps: int) -> int:
 
 def seconds(bench: Bench) -> dict[str, float]:
     """Seconds of one pre-training and of one run of the longest setting, each with one thread."""
-    longest = max(setting.steps for setting in bench.set.settings)
+    longest = max(setting.steps for setting in bench.settings)
     taken = {path.parent.name: json.loads(path.read_text())["seconds"] for path in bench.own.glob("*/seconds.json")}
     runs = [value for name, value in taken.items() if f"-{longest}-" in name]
     return {"pretrain": taken["pretrain-AlignDet-0"], f"finetune {longest} steps": statistics.median(runs)}
@@ -295,6 +295,12 @@ def table(rows: list[dict]) -> str:
     return "\n".join(lines)
 
 
+def setting_of(text: str) -> Setting:
+    """``20x300``: 20 labelled images, 300 steps."""
+    labelled, _, steps = text.partition("x")
+    return Setting(int(labelled), int(steps))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", required=True, type=Path)
@@ -302,6 +308,13 @@ def main() -> None:
     parser.add_argument("--detector", required=True, choices=["fcos", "retinanet", "faster_rcnn", "mask_rcnn", "detr"])
     parser.add_argument("--set", default="bccd", choices=SETS)
     parser.add_argument("--study", nargs="+", default=["main"], choices=STUDIES)
+    parser.add_argument(
+        "--settings",
+        type=setting_of,
+        nargs="+",
+        metavar="LABELSxSTEPS",
+        help="rows, the first of which is tuned; default: those of the set",
+    )
     parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of pre-training, in study task")
     parser.add_argument("--proposals", type=Path, help="a proposal file; default: made by aligndet propose")

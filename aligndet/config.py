@@ -121,7 +121,7 @@ class MethodConfig:
 class OptimConfig:
     name: str = knob("sgd", choices=("sgd", "adamw"))
     lr: float = knob(0.01, above=0)  # for the whole `batch`
-    backbone_lr: float = knob(1.0, least=0, tasks=(FINETUNE,))  # factor on lr for the backbone
+    backbone_lr: float = knob(1.0, least=0, tasks=BOXES)  # factor on lr for the backbone, where it learns
     weight_decay: float = knob(1e-4, least=0)
     norm_weight_decay: bool = knob(True)  # decay the affine parameters of norm layers too
     bias_lr: float = knob(1.0, least=0)  # factor on lr for biases of other layers (FCOS fine-tuning: 2)
@@ -359,6 +359,7 @@ def _check_task_combinations(config: Config) -> None:
     if config.task == IMAGE_DOMAIN and config.model.norm == "frozen" and not config.model.backbone.startswith("swin"):
         raise ValueError("model.norm: a backbone trained from random weights needs norms that learn: batch or sync")
     if config.task == PRETRAIN:
+        _check_pretraining(config)
         if method.contrast + method.localization + method.classification == 0:
             raise ValueError("method.contrast, .localization, .classification: want one of them above 0")
         if not 0 <= method.momentum <= 1 or not 0 <= (method.background or 0.0) <= 1:
@@ -375,6 +376,25 @@ def _check_task_combinations(config: Config) -> None:
         raise ValueError("method.modules, method.reference_compatible: have no effect without weights")
     if config.task == FINETUNE and not method.modules:
         raise ValueError(f"method.modules: want some of {', '.join(MODULES)}, got none")
+
+
+def _check_pretraining(config: Config) -> None:
+    """Refuse settings that would do nothing: an ablation that changes nothing measures nothing."""
+    method, detector = config.method, config.model.detector
+    own = {"strides": "fcos", "labels": "retinanet"}
+    for mistake in method.mistakes:
+        if own.get(mistake, detector) != detector:
+            raise ValueError(f"method.mistakes: {mistake} is one of {own[mistake]}, {detector} has no such mistake")
+    if method.positives == "both" and ("fallback" in method.mistakes or method.reference_compatible):
+        raise ValueError("method.positives: the reference's fallback keys go with positives keys only")
+    if method.name == "soco":
+        plain = MethodConfig()
+        read = ("name", "embedding", "momentum", "momentum_schedule")
+        for item in dataclasses.fields(MethodConfig):
+            if item.name not in read and getattr(method, item.name) != getattr(plain, item.name):
+                raise ValueError(f"method.{item.name}: not read by method.name soco; remove it")
+    elif method.freeze_backbone and config.optim.backbone_lr != 1:
+        raise ValueError("optim.backbone_lr: has no effect while method.freeze_backbone is true")
 
 
 def _plain(value: Any, task: str) -> Any:

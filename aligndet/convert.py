@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", dest="target", required=True, choices=choices, help="library that shall read OUT")
     parser.add_argument("--name", help="what the model is called there, e.g. fcos_resnet50_fpn; needed unless ours")
     parser.add_argument(
-        "--num-classes", type=int, default=80, metavar="K", help="of a pre-trained file's box layers (default 80)"
+        "--num-classes", type=int, metavar="K", help="of the box layers made from a pre-trained file (default 80)"
     )
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line; default: class_0, class_1, ...")
     parser.add_argument("input", metavar="IN", help="file of weights")
@@ -39,7 +39,9 @@ def run(args: argparse.Namespace) -> int:
     if args.source == OURS:
         unfinished = read_weights(args.input).get("kind") == "pretrained"
         if unfinished:
-            detector = unfinished_detector(args.input, args.num_classes)
+            detector = unfinished_detector(args.input, 80 if args.num_classes is None else args.num_classes)
+        elif args.num_classes is not None:
+            raise ValueError(f"--num-classes: {args.input} is a trained detector and has its classes already")
         else:
             detector, _ = load_detector(args.input)
         content = _content(args.target, detector, args.input)

@@ -1,8 +1,9 @@
 """Mistakes of the authors' code, one by one, to measure what each costs; nothing here is meant to be used otherwise.
 
-``method.mistakes`` of a config names some of them, ``method.reference_compatible: true`` stands for all that apply. Two
-more belong to the data and to the loss: ``padding`` (``ViewPairs(pad_first=True)``) and ``fallback``
-(``AlignDet(own_keys=True)``). What merely crashes there is not reproduced. Method section 8.
+``method.mistakes`` of a config names some of them, ``method.reference_compatible: true`` stands for all that apply.
+Four belong elsewhere: ``padding`` and ``first`` to the data (``ViewPairs(pad_first=True, order="first")``),
+``fallback`` and ``start`` to the method (``AlignDet(own_keys=True, start=...)``). What merely crashes there is not
+reproduced. Method section 8.
 """
 
 from __future__ import annotations

@@ -138,7 +138,8 @@ def load_pretrained(
     Args:
         path: file written from ``export_pretrained`` (or ``export_detector``: the class scores then fit or are left).
         modules: which parts to take, of "backbone", "neck", "rpn", "head" (Table 9 of the paper).
-        keep_predictors: False leaves out box and centerness layers, as the reference does (method section 7, row 4).
+        keep_predictors: False leaves out box and centerness layers, as the reference does (method section 7, row 4);
+            of DETR all three linear layers of its boxes, of which the reference drops the last.
 
     Raises:
         ValueError: unknown module names, or nothing in the file fits the detector.
@@ -238,8 +239,10 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _repeats(value: Tensor, own: Tensor | None) -> int:
-    """How many copies of ``value``, one after another, have the shape of ``own``; 0: no number of them."""
-    if own is None or value.ndim == 0 or own.shape[1:] != value.shape[1:] or own.shape[0] % value.shape[0]:
+    """How many copies of ``value``, four outputs of a box each, have the shape of ``own``; 0: no number of them."""
+    if own is None or value.ndim == 0 or own.shape[1:] != value.shape[1:]:
+        return 0
+    if value.shape[0] % 4 or own.shape[0] % value.shape[0]:
         return 0
     return int(own.shape[0] // value.shape[0])
 

@@ -78,14 +78,21 @@ SETS = {
         finetune=LARGER + PERSONS,
     ),
 }
-RATES = {"detr": (2e-4, 5e-4, 1e-3), "faster_rcnn": (1e-3, 2e-3, 4e-3), "mask_rcnn": (1e-3, 2e-3, 4e-3)}
+RATES = {
+    "fcos": (5e-4, 1e-3, 3e-3, 6e-3),
+    "detr": (2e-4, 5e-4, 1e-3),
+    "faster_rcnn": (1e-3, 2e-3, 4e-3),
+    "mask_rcnn": (1e-3, 2e-3, 4e-3),
+}
+# SoCo reads none of these; its backbone learns at the rate that it has in fine-tuning.
+SOCO = ("method.candidates=null", "method.scope=null", "method.classification=0", "optim.backbone_lr=0.1")
 WAYS = {
     "backbone only": Way(None),
     "AlignDet": Way(),
     "contrast only": Way(("method.localization=0",)),
     "boxes only": Way(("method.contrast=0",)),
     "reference": Way(("method.reference_compatible=true",), ("method.reference_compatible=true",)),
-    "SoCo": Way(("method.name=soco",)),
+    "SoCo": Way(("method.name=soco", *SOCO)),
 }
 STUDIES = {
     "main": ("backbone only", "AlignDet"),
@@ -322,6 +329,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/low_data")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     args = parser.parse_args()
+    if args.detector == "mask_rcnn" and args.set != "coco_by_masks":
+        parser.error(f"--set: {args.set} has no masks for mask_rcnn; take coco_by_masks")
     bench = Bench(args)
     path = args.results / f"low_data_{args.detector}_{args.set}.json"
     record = json.loads(path.read_text()) if path.exists() else {"studies": {}}
@@ -332,9 +341,8 @@ def main() -> None:
             found = task_study(bench, args.folds, args.seeds)
         else:
             found = peers_study(bench, args.folds)
-        record["studies"][study] = found
+        record["studies"][study] = found | {"folds": args.folds, "environment": environment()}
         record |= {"detector": args.detector, "set": args.set, "configuration": asdict(SETS[args.set])}
-        record |= {"folds": args.folds, "environment": environment()}
         args.results.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")
 

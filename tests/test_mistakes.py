@@ -219,6 +219,7 @@ def test_boxes_beyond_the_256th_are_boxes(name: str) -> None:
     matched = set(ids[ids >= 0].tolist())
     if name == "detr":  # 100 queries: no more than 100 of the 300 boxes, in any of six layers
         assert len({box for box in matched if box < 300}) >= 100
+        assert len({box for box in matched if 256 <= box < 300}) >= 5
     else:
         assert len({box for box in matched if 256 <= box < 300}) >= 15
     assert all(box in matched for box in view.targets.ids[300:].tolist()) or name == "fcos"
@@ -434,15 +435,13 @@ def test_a_box_that_one_view_lost_shifts_no_other(name: str) -> None:
     assert one_sided["contrast"].isfinite() and one_sided["contrast"] > 0
     for key in set(neither) - {"contrast"}:
         assert torch.equal(one_sided[key], neither[key]), "losses of the first view do not know the second"
-    with torch.no_grad():
-        model.temperature = 1e9  # all similarities equal: the cost of a pair is log(1 + its negatives)
-        both = model(chosen(view1, keep), chosen(view2, keep))["contrast"]
-    assert both.isfinite()
 
 
 @everyone
 @pytest.mark.parametrize("counts", [(0, 0), (4, 0), (0, 1)])
-@pytest.mark.parametrize("kind", [{}, {"symmetric": True}, {"own_keys": True, "positives": "both"}, {"contrast": 0.0}])
+@pytest.mark.parametrize(
+    "kind", [{}, {"symmetric": True}, {"own_keys": True}, {"positives": "both"}, {"contrast": 0.0}]
+)
 def test_images_and_batches_without_proposals(name: str, counts: tuple[int, int], kind: dict[str, object]) -> None:
     model = pretraining(name, **kind).train() if kind != {"contrast": 0.0} else AlignDet(small(name), contrast=0.0)
     losses = model(*views_of(counts))
@@ -456,7 +455,6 @@ def test_images_and_batches_without_proposals(name: str, counts: tuple[int, int]
 @everyone
 def test_a_batch_that_repeats_an_image_has_the_box_losses_of_that_image(name: str) -> None:
     model = pretraining(name, candidates=EVERYTHING).eval()
-    model.temperature = 1e9
     view1, view2 = views_of((6,))
 
     def times(view: Batch, number: int) -> Batch:
@@ -538,13 +536,13 @@ def test_two_ranks_have_the_gradients_of_one_with_both_batches() -> None:
 def test_the_projection_is_computed_for_sampled_candidates_only(name: str) -> None:
     model = pretraining(name, candidates=13, scope="batch").train()
     view, _ = views_of((5, 3))
-    seen = []
-    if name in ("faster_rcnn", "mask_rcnn", "detr"):
-        model.online.predictors["embedding"].register_forward_hook(lambda m, inputs, out: seen.append(len(out)))
+    seen: list[int] = []  # places that any layer of the projection was computed at
+    for part in model.online.predictors["embedding"].modules():
+        part.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0].numel() // inputs[0].shape[1]))
     features = model.online.features(view.images, view.sizes)
     found = model.online.candidates(features, view.sizes, view.targets)
     assert found.embeddings is not None and found.embeddings.shape == (13, 16)
-    assert seen in ([], [13])
+    assert all(places <= 13 * 9 for places in seen), "13 candidates, of 3 x 3 cells at most"
 
 
 def test_numbers_of_the_paper_in_pre_training() -> None:

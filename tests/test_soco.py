@@ -34,19 +34,24 @@ def picked(batch: Batch, rows: list[int]) -> Batch:
 def test_the_loss_is_the_distance_of_the_same_boxes(name: str) -> None:
     """Box by box: rows of the views are in another order, and each lacks one."""
     model = SoCo(small(name), embedding=8, hidden=16).eval()
+    with torch.no_grad():  # the target is the momentum branch, which equals the other one at step 0 only
+        for value in model.momentum.parameters():
+            value.add_(0.01 * torch.randn_like(value))
+    branch, projector = model.momentum["online"], model.momentum["projector"]
     view1, view2 = views_of((4, 3))
     first, second = picked(view1, [0, 1, 2, 4, 5, 6]), picked(view2, [6, 1, 0, 3, 5, 2])
     with torch.no_grad():
         loss = model(first, second)["region"]
         distances = []
         for box in (0, 1, 2, 5, 6):  # the rows of views_of that both have
-            vectors = []
+            vectors, keys = [], []
             for view in (view1, view2):
-                targets = view.targets
-                features = model.online.features(view.images, view.sizes)
-                regions = model.online.region_features(features, targets.boxes, targets.image, view.images.shape[2])
-                vectors.append(model.projector(regions)[box])
-            for a, b in (vectors, vectors[::-1]):
+                for body, top, found in ((model.online, model.projector, vectors), (branch, projector, keys)):
+                    targets = view.targets
+                    features = body.features(view.images, view.sizes)
+                    regions = body.region_features(features, targets.boxes, targets.image, view.images.shape[2])
+                    found.append(top(regions)[box])
+            for a, b in ((vectors[0], keys[1]), (vectors[1], keys[0])):
                 distances.append(2 - 2 * F.cosine_similarity(model.predictor(a[None])[0], b, dim=0))
     assert loss.item() == pytest.approx(torch.stack(distances).mean().item(), abs=1e-4)
 

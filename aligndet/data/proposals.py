@@ -117,7 +117,7 @@ def write_proposals(
         labels: int [M], pseudo-class of each box; ``parameters["clusters"]`` then says how many there are.
 
     Raises:
-        ValueError: lengths disagree, a name occurs twice, or boxes are not [m, 4].
+        ValueError: lengths disagree, a name occurs twice, boxes are not [m, 4], or labels not 0 .. ``clusters`` - 1.
     """
     path = Path(path)
     if not len(names) == len(sizes) == len(boxes_per_image):
@@ -127,6 +127,8 @@ def write_proposals(
         raise ValueError(f"{path}: name {double!r} occurs twice")
     counts = [_count(name, boxes) for name, boxes in zip(names, boxes_per_image, strict=True)]
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+    if labels is not None:
+        _check_labels(labels, int(offsets[-1]), parameters.get("clusters"))
     meta = {
         "format": FORMAT,
         "version": VERSION,

@@ -93,15 +93,7 @@ class ViewPairs(Dataset[tuple[Sample, Sample]]):
 
     def _load(self, index: int) -> tuple[int, Tensor]:
         row = int(self.rows[index])
-        path = self.root / self.proposals.names[row]
-        image = read_image(path)
-        recorded = tuple(int(side) for side in self.proposals.sizes[row])
-        if image.shape[:2] != recorded:
-            raise ValueError(
-                f"image {path}: its proposals are for {recorded[1]} x {recorded[0]} px, "
-                f"the file has {image.shape[1]} x {image.shape[0]}"
-            )
-        return row, torch.from_numpy(image).permute(2, 0, 1)
+        return row, torch.from_numpy(read_proposed(self.root, self.proposals, row)).permute(2, 0, 1)
 
     def _view(self, image: Tensor, ids: Tensor, row: int, rng: np.random.Generator, skipped: tuple[str, ...]) -> Sample:
         original = (image.shape[1], image.shape[2])
@@ -118,3 +110,20 @@ class ViewPairs(Dataset[tuple[Sample, Sample]]):
         boxes, ids = boxes[keep], ids[keep]
         labels = torch.from_numpy(self.proposals.labels_of(row))[ids]
         return Sample(image, boxes, labels, ids, original, row, skipped)
+
+
+def read_proposed(root: Path, proposals: ProposalFile, row: int) -> np.ndarray:
+    """Image ``row`` of a proposal file: uint8 [H, W, 3] RGB.
+
+    Raises:
+        ValueError, FileNotFoundError: it cannot be read, or has another size than its boxes are for.
+    """
+    path = root / proposals.names[row]
+    image = read_image(path)
+    recorded = tuple(int(side) for side in proposals.sizes[row])
+    if image.shape[:2] != recorded:
+        raise ValueError(
+            f"image {path}: its proposals are for {recorded[1]} x {recorded[0]} px, "
+            f"the file has {image.shape[1]} x {image.shape[0]}"
+        )
+    return image

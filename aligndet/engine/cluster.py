@@ -1,13 +1,14 @@
 """``aligndet cluster``: pseudo-classes for proposals: features of each box, their principal components, k-means.
 
 Features and centres found so far stand beside the output (``FILE.features``, ``FILE.state``); the same command again
-continues from there. ``FILE.jsonl`` is the log.
+continues from there (the pass over a sample of images for the components is one piece). ``FILE.jsonl`` is the log.
 """
 
 from __future__ import annotations
 
 import argparse
 import io
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -22,7 +23,8 @@ from torch import Tensor, nn
 from aligndet.data.journal import changes
 from aligndet.data.progress import Progress
 from aligndet.data.proposals import ProposalFile, open_proposals, write_proposals
-from aligndet.data.transforms import read_image, resize
+from aligndet.data.transforms import resize
+from aligndet.data.views import read_proposed
 from aligndet.models import build_backbone
 from aligndet.models.backbones import BACKBONES, Backbone
 from aligndet.models.pointwise import with_pointwise
@@ -52,6 +54,10 @@ class Settings:
         for name, value in asdict(self).items():
             if name not in ("backbone", "seed") and not value > 0:
                 raise ValueError(f"--{name.replace('_', '-')}: want a positive number, got {value}")
+        if self.seed < 0:
+            raise ValueError(f"--seed: want a number of at least 0, got {self.seed}")
+        if self.short_side > self.long_side:
+            raise ValueError(f"--long-side: want at least the short side {self.short_side}, got {self.long_side}")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,7 +90,11 @@ def run(args: argparse.Namespace) -> int:
     proposals = open_proposals(args.proposals)
     if len(proposals.boxes) < settings.clusters:
         raise ValueError(f"--clusters: want at most the {len(proposals.boxes)} boxes of {args.proposals}")
+    if not Path(args.images).is_dir():
+        raise FileNotFoundError(f"--images {args.images}: no such folder")
     device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device: want cuda, but torch finds no GPU; take cpu or auto")
     network = build_backbone(args.backbone, width=args.width)
     load_backbone(nn.ModuleDict({"backbone": network}), args.weights)
     with_pointwise(network)
@@ -115,7 +125,7 @@ class Extractor:
     """Features of the boxes of an image: the mean of the backbone's last map over each box (RoIAlign, 7 x 7).
 
     Attributes:
-        unread: a line for each image that could not be read; its boxes have features of 0.
+        unread: a line for each image that could not be read or has another size than its boxes are for.
     """
 
     network: Backbone
@@ -126,15 +136,15 @@ class Extractor:
     def __post_init__(self) -> None:
         self.unread: list[str] = []
 
-    def __call__(self, row: int) -> Tensor:
-        """float32 [m, C] of image ``row``."""
+    def __call__(self, row: int) -> Tensor | None:
+        """float32 [m, C] of image ``row``; None where it is of no use, which ``unread`` then explains."""
         boxes = torch.from_numpy(self.proposals.boxes_of(row))
         device = next(self.network.parameters()).device
         try:
-            image = torch.from_numpy(read_image(self.images / self.proposals.names[row])).permute(2, 0, 1)
+            image = torch.from_numpy(read_proposed(self.images, self.proposals, row)).permute(2, 0, 1)
         except (ValueError, FileNotFoundError) as error:
             self.unread.append(str(error))
-            return torch.zeros(len(boxes), self.network.channels[-1], device=device)
+            return None
         image, factors = resize(image, self.settings.short_side, self.settings.long_side)
         height, width = image.shape[1:]
         padded = torch.zeros(1, 3, height + -height % 32, width + -width % 32, dtype=torch.uint8)
@@ -202,6 +212,10 @@ def extract(extractor: Extractor, state: State, progress: Progress) -> np.ndarra
         chosen = np.random.default_rng(settings.seed).permutation(rows)[: settings.fit_images]
         progress.begin(len(chosen))
         parts = _counted((extractor(int(row)) for row in chosen), progress)
+        first = next(parts, None)
+        if first is None:
+            raise ValueError(f"--images {extractor.images}: no image can be used; the first: {extractor.unread[0]}")
+        parts = itertools.chain([first], parts)
         mean, components = principal_components(parts, settings.dimensions)
         extractor.unread.clear()  # the same images come again
         state.save(mean=mean.cpu().numpy(), components=components.cpu().numpy(), images=0)
@@ -214,14 +228,15 @@ def extract(extractor: Extractor, state: State, progress: Progress) -> np.ndarra
     progress.begin(len(rows) - done)
     for number in range(done, len(rows)):
         row = int(rows[number])
-        found = (extractor(row) - mean) @ components
-        features[proposals.offsets[row] : proposals.offsets[row + 1]] = found.half().cpu().numpy()
+        found = extractor(row)
+        values = 0 if found is None else ((found - mean) @ components).half().cpu().numpy()
+        features[proposals.offsets[row] : proposals.offsets[row + 1]] = values  # 0: the mean of all boxes
         progress.advance()
         if (number + 1) % SAVE_EVERY == 0 or number + 1 == len(rows):
             features.flush()
             state.save(images=number + 1)
     for line in extractor.unread:
-        progress.warn(f"no features, pseudo-class by chance: {line}")
+        progress.warn(f"no features, the pseudo-class of an average box: {line}")
     return features
 
 
@@ -243,21 +258,22 @@ def cluster(
     progress.title = "k-means"
     progress.begin(settings.iterations - state.values["step"])
     for step in range(state.values["step"], settings.iterations):
+        if state.values.get("settled"):
+            break
         centres, cost = improve(rows, number, centres)
         progress.log("k-means", step=step + 1, cost=cost)
         progress.advance()
-        settled = state.values["cost"] - cost <= 1e-6 * cost
-        state.save(centres=centres.cpu().numpy(), step=step + 1, cost=cost)
-        if settled:
-            break
+        settled = bool(state.values["cost"] - cost <= 1e-6 * cost)
+        state.save(centres=centres.cpu().numpy(), step=step + 1, cost=cost, settled=settled)
     labels, distances = assign_nearest(rows, number, centres)
     return labels.cpu().numpy().astype(np.int32), float(distances.double().mean()), state.values["step"]
 
 
-def _counted(parts: Iterator[Tensor], progress: Progress) -> Iterator[Tensor]:
+def _counted(parts: Iterator[Tensor | None], progress: Progress) -> Iterator[Tensor]:
     for part in parts:
         progress.advance()
-        yield part
+        if part is not None:
+            yield part
 
 
 def _fingerprint(proposals: ProposalFile) -> str:

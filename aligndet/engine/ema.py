@@ -38,7 +38,8 @@ class EMA:
     def update(self, momentum: float) -> None:
         """``target = momentum * target + (1 - momentum) * source``, in place; at 1 nothing changes, bit for bit.
 
-        Buffers are left alone: the averaged modules have no running statistics (method section 2.1).
+        Buffers are left alone (method section 2.1): norms with running statistics keep those of their own branch, which
+        sees the other view.
         """
         if momentum < 1:
             torch._foreach_lerp_(self.target, self.source, 1 - momentum)

@@ -44,12 +44,13 @@ from aligndet.soco import SoCo
 from aligndet.structures import Batch
 from aligndet.weights import load_backbone, load_pretrained
 
-# Keys that may change between a run and its continuation: they say where and how often, not what is computed.
+# Options of the detector's class, where the config sets them.
 OPTIONS = (
     *("channels", "convolutions", "levels", "centre_radius", "box_head", "head_width", "regions", "class_agnostic"),
     *("neck_norm", "queries", "encoder_layers", "decoder_layers", "feedforward", "dropout", "conventions"),
     "score_threshold",
-)  # of the detector's class, where the config sets them
+)
+# Keys that may change between a run and its continuation: they say where and how often, not what is computed.
 FREE_KEYS = ("run:", "device:", "threads:", "log_every:", "save_every:", "eval_every:", "data.workers:")
 
 
@@ -152,7 +153,8 @@ def _pretraining(config: Config, log: Log, world: World) -> Stage:
         raise ValueError(
             f"method.classification: {data.proposals} has no pseudo-classes; `aligndet cluster` makes some"
         )
-    detector = build_detector(**pretraining_arguments(config))
+    # On its device at once: the method looks at its losses while it is built, and ranks share values on their GPUs.
+    detector = build_detector(**pretraining_arguments(config)).to(world.device)
     if config.model.backbone_weights is None:
         log.warning(0, "model.backbone_weights is not set: the backbone has random weights")
     else:
@@ -167,8 +169,9 @@ def _pretraining(config: Config, log: Log, world: World) -> Stage:
 
 def _aligndet(config: Config, detector: Detector, mistakes: tuple[str, ...]) -> AlignDet:
     method = config.method
-    start = build_detector(**pretraining_arguments(config)) if "start" in mistakes else None
-    if start is not None:
+    start = None
+    if "start" in mistakes:
+        start = build_detector(**pretraining_arguments(config)).to(next(detector.parameters()).device)
         start.backbone.load_state_dict(detector.backbone.state_dict())
     for branch in (detector, *([] if start is None else [start])):
         with_mistakes(branch, mistakes)

@@ -35,7 +35,8 @@ def box_contrastive_loss(
         -log( exp s(q, k) / (exp s(q, k) + sum_n exp s(q, n)) ).
 
     Costs are averaged over the pairs of a box, then over boxes, so that a box with a thousand points weighs no more
-    than a box with one. A box that only one of the two sets has costs nothing.
+    than a box with one. A box without a positive pair costs nothing: one that only one of the two sets has, unless
+    ``positives`` or ``own_keys`` find it some.
 
     Args:
         query: float [N, D], online embeddings of any length; they carry the gradient.
@@ -52,8 +53,8 @@ def box_contrastive_loss(
             (equation 4 to the letter).
 
     Returns:
-        Scalar >= 0 in float32 (float64 for float64 inputs), also under autocast. Exactly 0 with zero gradients when no
-        box is in both sets.
+        Scalar >= 0 in float32 (float64 for float64 inputs), also under autocast. Exactly 0 with zero gradients when
+        there is no positive pair.
 
     Raises:
         ValueError: shapes disagree, or ``temperature`` or ``chunk`` is not positive, or an unknown word.
@@ -65,6 +66,8 @@ def box_contrastive_loss(
     _check(query, query_ids, key, key_ids, temperature, chunk)
     if positives not in POSITIVES or reduction not in REDUCTIONS:
         raise ValueError(f"want positives in {POSITIVES}, reduction in {REDUCTIONS}, got {positives!r}, {reduction!r}")
+    if own_keys and positives == "both":
+        raise ValueError("own_keys: a box without keys has its queries as positives already with positives='both'")
     dtype = torch.promote_types(query.dtype, torch.float32)
     with torch.autocast(query.device.type, enabled=False):
         taking_part = (query_ids != IGNORED).nonzero().squeeze(1)

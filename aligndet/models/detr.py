@@ -26,10 +26,11 @@ class DETRCandidates(Candidates):
     """Queries, layer by layer and image by image; without targets those of the last decoder layer only.
 
     Attributes:
+        embeddings: float [E, D], of the queries that ``sample`` keeps; losses of boxes and classes are of all queries.
         boxes: float32 [N, 4], (centre x, centre y, width, height) in shares of the image's sides, 0 .. 1.
         sizes: int64 [B, 2], (height, width) px of the images.
-        nearest: int64 [N], as ``matched``, by a second matching that knows coordinates alone: which box a query is on.
-            None where there is one matching only.
+        nearest: int64 [E], which box each query with an embedding is on, by a matching that knows coordinates alone.
+            None without embeddings or targets.
     """
 
     boxes: Tensor
@@ -131,20 +132,20 @@ class DETR(Detector):
         image = torch.arange(images, device=sizes.device).repeat_interleave(queries).repeat(layers)
         scores = self.predictors["score"](outputs) if "score" in self.predictors else None
         boxes = self.predictors["box"](outputs)  # always: queries are matched by what they predict
-        matched, nearest, rows = None, None, None
+        matched, nearest = None, None
         if targets is not None:
             probabilities = None if scores is None else scores.float().softmax(dim=3)
             matched = self.assigner(boxes, probabilities, targets, sizes).flatten()
-            if scores is not None and "embedding" in self.predictors:
-                nearest = self.assigner(boxes, None, targets, sizes).flatten()
-            rows = None if self.sample is None else self.sample(matched, image)
-        row = torch.arange(len(image), device=image.device) if rows is None else rows
-        embeddings = None
+        embeddings, queries_of = None, outputs.flatten(0, 2)
         if "embedding" in self.predictors:
-            embeddings = self.predictors["embedding"](outputs.flatten(0, 2)[row])
-        scores = None if scores is None else scores.flatten(0, 2)[row]
-        matched, nearest = (None if rows is None else rows[row] for rows in (matched, nearest))
-        return DETRCandidates(scores, embeddings, image[row], matched, boxes.flatten(0, 2)[row], sizes, nearest)
+            if matched is not None and targets is not None:
+                nearest = matched if scores is None else self.assigner(boxes, None, targets, sizes).flatten()
+                if self.sample is not None:
+                    rows = self.sample(nearest, image)
+                    nearest, queries_of = nearest[rows], queries_of[rows]
+            embeddings = self.predictors["embedding"](queries_of)
+        scores = None if scores is None else scores.flatten(0, 2)
+        return DETRCandidates(scores, embeddings, image, matched, boxes.flatten(0, 2), sizes, nearest)
 
     def tied_parts(self) -> list[nn.Module]:
         """The queries: query q asks the same question in both branches. Method section 2.1."""

@@ -6,6 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 import torch
@@ -55,6 +56,61 @@ def test_boxes_get_the_class_of_their_nearest_centre(folder: Path, capsys: pytes
     assert "k-means" in events
 
 
+def test_classes_are_those_of_the_nearest_centre_of_the_boxes_own_features(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Features by torchvision's RoIAlign, image by image; centres as means of their boxes; distances by hand."""
+    known: dict[str, np.ndarray] = {}
+    original = cluster.principal_components
+
+    def watched(parts: object, dimensions: int) -> tuple[torch.Tensor, torch.Tensor]:
+        mean, components = original(parts, dimensions)  # type: ignore[arg-type]
+        known["mean"], known["components"] = mean.numpy(), components.numpy()
+        return mean, components
+
+    monkeypatch.setattr(cluster, "principal_components", watched)
+    assert cli.main(command(folder, "n.npz")) == 0
+    clustered = open_proposals(folder / "n.npz")
+    network = torchvision.models.resnet18(weights=None)
+    network.load_state_dict(torch.load(folder / "r18.pth", weights_only=True))
+    body = torch.nn.Sequential(*list(network.eval().children())[:-2])
+    mean, std = (torch.tensor(v).view(3, 1, 1) for v in ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)))
+    rows = []
+    for row, name in enumerate(clustered.names):
+        pixels = torch.from_numpy(cv2.imread(str(folder / "images" / name))[:, :, ::-1].copy()).permute(2, 0, 1)
+        with torch.no_grad():
+            last = body(((pixels - mean) / std)[None])
+            boxes = [torch.from_numpy(clustered.boxes_of(row))]
+            cells = torchvision.ops.roi_align(last, boxes, 7, 1 / 32, sampling_ratio=0, aligned=True)
+        rows.append((cells.mean(dim=(2, 3)).numpy() - known["mean"]) @ known["components"])
+    features = np.concatenate(rows)
+    labels = np.asarray(clustered.labels)
+    centres = np.stack([features[labels == k].mean(axis=0) for k in range(7)])
+    nearest = ((features[:, None] - centres) ** 2).sum(axis=2).argmin(axis=1)
+    assert (nearest == labels).mean() > 0.98
+
+
+def test_folders_devices_and_sizes_that_do_not_fit_are_named(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(*more: str) -> str:
+        with pytest.raises(SystemExit) as error:
+            cli.main(command(folder, "bad.npz", *more))
+        assert error.value.code == 2
+        return capsys.readouterr().err
+
+    assert "no such folder" in refused("--images", str(tmp_path / "nowhere"))
+    assert "no image can be used" in refused("--images", str(tmp_path))
+    assert "--seed: want" in refused("--seed", "-1")
+    assert "--long-side: want at least" in refused("--short-side", "99", "--long-side", "98")
+    if not torch.cuda.is_available():
+        assert "--device: want cuda" in refused("--device", "cuda")
+    shutil.copytree(folder / "images", tmp_path / "larger")
+    for path in (tmp_path / "larger").rglob("*.*"):
+        cv2.imwrite(str(path), np.zeros((48, 200, 3), np.uint8))
+    assert "its proposals are for 96 x 96 px, the file has 200 x 48" in refused("--images", str(tmp_path / "larger"))
+
+
 @pytest.mark.parametrize("moment", ["components", "features", "centres"])
 def test_an_interrupted_run_ends_with_the_same_classes(
     folder: Path, moment: str, monkeypatch: pytest.MonkeyPatch
@@ -62,7 +118,7 @@ def test_an_interrupted_run_ends_with_the_same_classes(
     out = f"{moment}.npz"
     assert cli.main(command(folder, f"whole_{out}")) == 0
     monkeypatch.setattr(cluster, "SAVE_EVERY", 2)
-    calls = {"components": "principal_components", "features": "read_image", "centres": "improve"}[moment]
+    calls = {"components": "principal_components", "features": "read_proposed", "centres": "improve"}[moment]
     original, count = getattr(cluster, calls), 0
 
     def killed(*arguments: object) -> object:

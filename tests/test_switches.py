@@ -1,0 +1,149 @@
+"""What each switch of the method does, as a number; that every one of them runs is tests/test_configs.py."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+
+from aligndet import config as settings
+from aligndet.assigners import PositivesFirst
+from aligndet.config import load_config
+from aligndet.engine.ema import EMA
+from aligndet.engine.prepare import _aligndet
+from aligndet.models import build_detector
+from aligndet.pretrain import AlignDet, sampler_of
+from aligndet.structures import Batch
+from tests.scenes import views_of
+from tests.test_mistakes import EVERYTHING, chosen, everyone, pretraining, small
+
+
+def ids_of(model: AlignDet, online: Batch, momentum: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which boxes the online branch finds in one view and the momentum branch in another; IGNORED left out."""
+    assert model.momentum is not None
+    found = []
+    for branch, view in ((model.online, online), (model.momentum, momentum)):
+        features = model.online.features(view.images, view.sizes)
+        ids = branch.candidates(features, view.sizes, view.targets).box_ids(view.targets)
+        found.append(ids[ids != -2])
+    return found[0], found[1]
+
+
+@everyone
+def test_the_contrast_compares_the_boxes_that_were_matched(name: str) -> None:
+    """At an endless temperature all similarities are equal, and a pair costs log(1 + its negatives)."""
+    model = pretraining(name, candidates=EVERYTHING).eval()
+    model.temperature = 1e9
+    view1, view2 = views_of((6, 4))
+    lacking = chosen(view2, torch.arange(10) != 2)
+    for second in (view2, lacking):
+        with torch.no_grad():
+            queries, keys = ids_of(model, view1, second)
+            loss = model(view1, second)["contrast"].item()
+        everything, costs = torch.cat([queries, keys]), []
+        for box in set(queries.tolist()) & set(keys.tolist()) - {-1}:
+            costs.append(math.log(1 + int((everything != box).sum())))
+        assert loss == pytest.approx(sum(costs) / len(costs), rel=1e-4)
+
+
+@everyone
+def test_symmetric_losses_are_the_mean_of_both_directions(name: str) -> None:
+    model = pretraining(name, candidates=EVERYTHING).eval()
+    view1, view2 = views_of((6, 4))
+    with torch.no_grad():
+        there, back = model(view1, view2), model(view2, view1)
+        model.symmetric = True
+        both = model(view1, view2)
+    for key, value in both.items():
+        assert value.item() == pytest.approx((there[key].item() + back[key].item()) / 2, rel=1e-3, abs=1e-5), key
+
+
+@everyone
+def test_an_unfrozen_backbone_learns_and_its_average_follows(name: str) -> None:
+    model = AlignDet(small(name), embedding=16, freeze_backbone=False).train()
+    assert model.momentum is not None
+    average = EMA(model.online, model.momentum)
+    before = {key: value.clone() for key, value in model.momentum.backbone.named_parameters()}
+    optimizer = torch.optim.SGD([value for value in model.parameters() if value.requires_grad], 0.01)
+    torch.stack(list(model(*views_of((5, 3))).values())).sum().backward()
+    optimizer.step()
+    average.update(0.75)
+    moved = 0
+    for key, value in model.online.backbone.named_parameters():
+        follower = dict(model.momentum.backbone.named_parameters())[key]
+        assert torch.allclose(follower, 0.75 * before[key] + 0.25 * value, atol=1e-6), key
+        moved += not torch.equal(value, before[key])
+    assert moved > 5
+
+
+def test_the_reference_starts_its_branches_apart(tmp_path: Path) -> None:
+    """Neck and heads differ, the backbone is the same (method 8.5)."""
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "task: pretrain\nrun: r\nmodel: {detector: fcos, backbone: resnet18, width: 0.25, channels: 32}\n"
+        "data: {images: i, proposals: p}\noptim: {steps: 1}\n"
+    )
+    config = load_config(path, ["method.mistakes=[start]"])
+    detector = build_detector("fcos", "resnet18", 1, width=0.25, channels=32)
+    model = _aligndet(config, detector, ("start",))
+    assert model.momentum is not None
+    online = dict(model.online.named_parameters())
+    apart = [key for key, value in model.momentum.named_parameters() if not torch.equal(value, online[key])]
+    assert "neck.lateral.0.weight" in apart or any(key.startswith("neck.") for key in apart)
+    assert any(key.startswith("predictors.embedding") for key in apart)
+    same = _aligndet(config, build_detector("fcos", "resnet18", 1, width=0.25, channels=32), ())
+    assert same.momentum is not None
+    online = dict(same.online.named_parameters())
+    assert all(torch.equal(value, online[key]) for key, value in same.momentum.named_parameters())
+
+
+def test_sampling_of_a_detector_changes_where_it_is_told_to() -> None:
+    own = PositivesFirst(4096, "image", negatives=0.0)
+    assert sampler_of(own, None, None, None) == own
+    assert sampler_of(own, 9, "batch", None) == PositivesFirst(9, "batch", negatives=0.0)
+    assert sampler_of(own, None, None, 0.25) == PositivesFirst(4096, "image", 0.25), (
+        "room for background lifts its bound"
+    )
+    assert sampler_of(None, None, None, None) is None
+    with pytest.raises(ValueError, match="keeps all candidates"):
+        sampler_of(None, None, "image", None)
+
+
+@pytest.mark.parametrize("name", ["detr"])
+def test_box_losses_of_detr_do_not_depend_on_the_sampling_of_the_contrast(name: str) -> None:
+    view1, view2 = views_of((6, 4))
+    losses = []
+    for candidates in (None, 7):
+        model = AlignDet(small(name), embedding=16, candidates=candidates).eval()
+        with torch.no_grad():
+            losses.append(model(view1, view2))
+    for key in ("box", "overlap"):
+        assert losses[0][key].item() == pytest.approx(losses[1][key].item(), rel=1e-5)
+    assert losses[0]["contrast"] != losses[1]["contrast"]
+
+
+@pytest.mark.parametrize(
+    ("detector", "override", "message"),
+    [
+        ("fcos", ["method.mistakes=[labels]"], "method.mistakes: labels is one of retinanet"),
+        ("retinanet", ["method.mistakes=[strides]"], "method.mistakes: strides is one of fcos"),
+        ("fcos", ["method.name=soco", "method.symmetric=true"], "method.symmetric: not read by method.name soco"),
+        ("fcos", ["method.mistakes=[fallback]", "method.positives=both"], "method.positives"),
+        ("fcos", ["optim.backbone_lr=0.1"], "optim.backbone_lr: has no effect"),
+    ],
+)
+def test_switches_that_would_do_nothing_are_refused(detector: str, override: list[str], message: str) -> None:
+    tree = {
+        "task": "pretrain",
+        "run": "r",
+        "model": {"detector": detector},
+        "data": {"images": "i", "proposals": "p"},
+        "optim": {"steps": 1},
+    }
+    settings.from_dict(tree)
+    for item in override:
+        settings._override(tree, item)
+    with pytest.raises(ValueError, match=message):
+        settings.from_dict(tree)

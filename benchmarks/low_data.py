@@ -117,31 +117,21 @@ class Bench:
         self.proposals = args.proposals or self.runs / "proposals.npz"
         if args.proposals is None:
             words = ("--annotations", self.train, "--images", self.images, "--out", self.proposals, *self.set.propose)
-            command(None, "-m", "aligndet", "propose", *words)
+            cell(self.runs / "propose", self.proposals, "-m", "aligndet", "propose", *words)
         if self.detector == "detr" and args.proposals is None:
             clustered = self.runs / "clustered.npz"
-            if not clustered.exists():
-                words = ("--proposals", self.proposals, "--images", self.images, "--weights", args.backbone)
-                size = ("--short-side", "256", "--long-side", "384", "--clusters", "64", "--backbone", "mobilenet_v2")
-                command(None, "-m", "aligndet", "cluster", *words, *size, "--out", clustered)
+            words = ("--proposals", self.proposals, "--images", self.images, "--weights", args.backbone)
+            size = ("--short-side", "256", "--long-side", "384", "--clusters", "64", "--backbone", "mobilenet_v2")
+            cell(self.runs / "cluster", clustered, "-m", "aligndet", "cluster", *words, *size, "--out", clustered)
             self.proposals = clustered
 
     def pretrain(self, way: str, seed: int) -> Path:
         """The weights of a way of pre-training."""
         run = self.own / f"pretrain-{way.replace(' ', '_')}-{seed}"
-        if not (run / "pretrained.pt").exists():
-            cfg = ("train.py", "--cfg", f"configs/pretrain/{self.detector}_mobilenet_v2.yaml", f"run={run}")
-            paths = (f"data.images={self.images}", f"data.proposals={self.proposals}", self.backbone, "data.workers=0")
-            command(
-                run,
-                *cfg,
-                *paths,
-                f"seed={seed}",
-                "threads=1",
-                PRECISION,
-                *self.set.pretrain,
-                *(WAYS[way].pretrain or ()),
-            )
+        cfg = ("train.py", "--cfg", f"configs/pretrain/{self.detector}_mobilenet_v2.yaml", f"run={run}")
+        paths = (f"data.images={self.images}", f"data.proposals={self.proposals}", self.backbone, "data.workers=0")
+        own = (*self.set.pretrain, *(WAYS[way].pretrain or ()))
+        cell(run, run / "pretrained.pt", *cfg, *paths, f"seed={seed}", "threads=1", PRECISION, *own)
         return run / "pretrained.pt"
 
     def finetune(self, way: str, setting: Setting, rate: float, decay: float, fold: int, seed: int = 0) -> dict:
@@ -149,15 +139,15 @@ class Bench:
         start = self.backbone if WAYS[way].pretrain is None else f"weights={self.pretrain(way, seed)}"
         name = f"{setting.labelled}-{setting.steps}-{way.replace(' ', '_')}{seed}-lr{rate:g}-wd{decay:g}-fold{fold}"
         run = self.own / name
-        if not (run / "metrics.json").exists():
-            cfg = ("train.py", "--cfg", f"configs/finetune/{self.detector}_mobilenet_v2_lowdata.yaml", f"run={run}")
-            data = (f"data.train={self.train}", f"data.val={self.val}", f"data.labelled={setting.labelled}", start)
-            varied = (f"seed={fold}", f"data.fold={fold}", f"optim.lr={rate}", f"optim.weight_decay={decay}")
-            watched = (f"eval_every={interval(setting.steps)}",) if fold != TUNING_FOLD else ()
-            length = (f"optim.steps={setting.steps}", *watched, "data.workers=0")
-            command(run, *cfg, *data, *varied, *length, "threads=1", PRECISION, *self.set.finetune, *WAYS[way].finetune)
-            (run / "checkpoint.pt").unlink()
-            (run / "model.pt").unlink()
+        cfg = ("train.py", "--cfg", f"configs/finetune/{self.detector}_mobilenet_v2_lowdata.yaml", f"run={run}")
+        data = (f"data.train={self.train}", f"data.val={self.val}", f"data.labelled={setting.labelled}", start)
+        varied = (f"seed={fold}", f"data.fold={fold}", f"optim.lr={rate}", f"optim.weight_decay={decay}")
+        watched = (f"eval_every={interval(setting.steps)}",) if fold != TUNING_FOLD else ()
+        length = (f"optim.steps={setting.steps}", *watched, "data.workers=0", "threads=1", PRECISION)
+        own = (*self.set.finetune, *WAYS[way].finetune)
+        cell(run, run / "metrics.json", *cfg, *data, *varied, *length, *own)
+        for path in run.rglob("*.pt"):  # only the metrics are wanted
+            path.unlink()
         final = json.loads((run / "metrics.json").read_text())
         curve = [100 * record["metrics"]["AP"] for record in read_log(run / "log.jsonl") if "metrics" in record]
         found = {name: 100 * final[name] for name in METRICS} | {"curve": [*curve, 100 * final["AP"]]}
@@ -264,25 +254,33 @@ def interval(steps: int) -> int:
 
 
 def seconds(bench: Bench) -> dict[str, float]:
-    """Seconds of one pre-training and of one run of the longest setting, each with one thread."""
+    """Seconds of each stage, one thread each (propose: all cores), ``jobs`` at a time; fine-tuning: longest setting."""
     longest = max(setting.steps for setting in bench.settings)
-    taken = {path.parent.name: json.loads(path.read_text())["seconds"] for path in bench.own.glob("*/seconds.json")}
+    notes = [*bench.own.glob("*/command.json"), *bench.runs.glob("*/command.json")]
+    taken = {path.parent.name: json.loads(path.read_text())["seconds"] for path in notes}
+    stages = {name: taken[name] for name in ("propose", "cluster", "pretrain-AlignDet-0") if name in taken}
     runs = [value for name, value in taken.items() if f"-{longest}-" in name]
-    return {"pretrain": taken["pretrain-AlignDet-0"], f"finetune {longest} steps": statistics.median(runs)}
+    return stages | {f"finetune {longest} steps": statistics.median(runs)}
 
 
-def command(run: Path | None, *words: object) -> None:
-    """Run python with ``words``; what it says goes to ``run``/output.txt, the seconds it took beside it."""
+def cell(folder: Path, result: Path, *words: object) -> None:
+    """Run python with ``words`` unless ``result`` is there; output, command and seconds are noted in ``folder``.
+
+    Raises:
+        SystemExit: the result was made by another command: its figures would be taken for those of this one.
+    """
     text = [str(word) for word in words]
-    print("$ python", *text, flush=True)
-    began = time.perf_counter()
-    if run is None:
-        subprocess.run([sys.executable, *text], cwd=ROOT, check=True)
+    note = folder / "command.json"
+    if result.exists():
+        if json.loads(note.read_text())["words"] != text:
+            raise SystemExit(f"{folder}: made by another command; delete it or take another --runs")
         return
-    run.mkdir(parents=True, exist_ok=True)
-    with open(run / "output.txt", "w") as output:
+    print("$ python", *text, flush=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    began = time.perf_counter()
+    with open(folder / "output.txt", "w") as output:
         subprocess.run([sys.executable, *text], cwd=ROOT, check=True, stdout=output, stderr=subprocess.STDOUT)
-    (run / "seconds.json").write_text(json.dumps({"seconds": time.perf_counter() - began}))
+    note.write_text(json.dumps({"words": text, "seconds": time.perf_counter() - began}))
 
 
 def table(rows: list[dict]) -> str:

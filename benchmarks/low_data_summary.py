@@ -1,0 +1,68 @@
+"""One table of all results of ``low_data.py``, and what may be claimed of them: gains, means over detectors, steps.
+
+Reads benchmarks/results/low_data_<detector>_<set>.json and prints; it writes nothing. A gain is the mean over folds of
+AlignDet's average precision less that of the backbone alone, both tuned alike.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+METRICS = ("AP", "AP50", "AP75")
+SIDES = ("backbone only", "AlignDet")
+SHORT_AIM, LONG_AIM = 5.0, 2.3  # AP; the latter is the paper's mean at 1 to 10 % of the labels
+
+
+def main_rows(path: Path) -> list[dict]:
+    """The rows of study "main" of one file, with what was measured; none where it has not run."""
+    record = json.loads(path.read_text())
+    rows = record["studies"].get("main", {}).get("rows", [])
+    return [row | {"detector": record["detector"], "set": record["set"]} for row in rows]
+
+
+def figures(results: list[dict]) -> str:
+    """``mean ± standard deviation`` over folds of each metric."""
+    columns = [[result[name] for result in results] for name in METRICS]
+    return " / ".join(f"{statistics.fmean(c):.1f} ± {statistics.stdev(c):.1f}" for c in columns)
+
+
+def gain(row: dict) -> float:
+    """Points of average precision."""
+    after, before = (statistics.fmean(r["AP"] for r in row["results"][side]) for side in reversed(SIDES))
+    return after - before
+
+
+def verdict(title: str, gains: list[float], aim: float) -> str:
+    """Whether every detector gains, and enough on average."""
+    mean = statistics.fmean(gains)
+    everyone = "every row gains" if min(gains) > 0 else "NOT every row gains"
+    return (
+        f"{title}: {everyone} ({min(gains):+.1f} to {max(gains):+.1f} AP); "
+        f"mean {mean:+.1f}, aim {aim:+.1f}: {'reached' if mean >= aim else 'NOT reached'}"
+    )
+
+
+def main() -> None:
+    rows = [row for path in sorted(RESULTS.glob("low_data_*.json")) for row in main_rows(path)]
+    print("| set, labels | steps | detector | backbone only: AP / AP50 / AP75 | AlignDet | AP gain | passes at step |")
+    print("|---|---|---|---|---|---|---|")
+    for row in rows:
+        setting, (before, after) = row["setting"], (figures(row["results"][side]) for side in SIDES)
+        start = f"| {row['set']}, {setting['labelled']} | {setting['steps']} | `{row['detector']}` | {before} "
+        print(f"{start}| **{after}** | {gain(row):+.1f} | {row['passes_at_step'] or 'never'} |")
+    for title, short, aim in (("shortest schedule", True, SHORT_AIM), ("longest schedule", False, LONG_AIM)):
+        chosen = []
+        for name in sorted({row["detector"] for row in rows}):
+            own = [row for row in rows if row["detector"] == name]
+            steps = (min if short else max)(row["setting"]["steps"] for row in own)
+            chosen += [gain(row) for row in own if row["setting"]["steps"] == steps]
+        print(verdict(title, chosen, aim))
+    early = [row for row in rows if (row["passes_at_step"] or 10**9) <= row["setting"]["steps"] / 2]
+    print(f"the other's final AP is reached in half the steps or less in {len(early)} of {len(rows)} rows")
+
+
+if __name__ == "__main__":
+    main()

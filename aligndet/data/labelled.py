@@ -117,15 +117,20 @@ class EvaluationImages(Dataset[Sample]):
         return Sample(image, boxes * factors, labels, torch.arange(len(boxes)), original, image_id, skipped)
 
 
+def wrong_size(annotations: Annotations, row: int, size: tuple[int, int]) -> str:
+    """How the ``size`` (height, width) px of an image differs from what its labels say; "" where it does not."""
+    height, width = annotations.sizes[row].tolist()
+    if min(height, width) == 0 or (height, width) == size:
+        return ""
+    return f"{annotations.path} says {width} x {height} px, the file has {size[1]} x {size[0]}"
+
+
 def _read(annotations: Annotations, root: Path, row: int) -> Tensor:
     path = root / annotations.file_names[row]
     image = read_image(path)
-    recorded = tuple(int(side) for side in annotations.sizes[row])
-    if min(recorded) > 0 and image.shape[:2] != recorded:
-        raise ValueError(
-            f"image {path}: {annotations.path} says {recorded[1]} x {recorded[0]} px, "
-            f"the file has {image.shape[1]} x {image.shape[0]}"
-        )
+    wrong = wrong_size(annotations, row, (image.shape[0], image.shape[1]))
+    if wrong:
+        raise ValueError(f"image {path}: {wrong}")
     return torch.from_numpy(image).permute(2, 0, 1)
 
 

@@ -137,10 +137,10 @@ def _read_base(base: Path, stems: Sequence[str], data: _Data) -> None:
             continue
         stated = Path(tree.findtext("filename", "").strip().replace("\\", "/")).name
         known = by_stem.get(stem, by_stem.get(Path(stated).stem, [stated or f"{stem}.jpg"]))
-        _add(tree, file.name, folder / (stated if stated in known else known[0]), data)
+        _add(tree, folder / (stated if stated in known else known[0]), data)
 
 
-def _add(tree: ElementTree.Element, name: str, image: Path, data: _Data) -> None:
+def _add(tree: ElementTree.Element, image: Path, data: _Data) -> None:
     size = tuple(_number(tree, f"size/{side}") for side in ("height", "width"))
     whole = all(value == value // 1 and value > 0 for value in size)
     data.sizes.append((int(size[0]), int(size[1])) if whole else image_size(image))
@@ -149,7 +149,7 @@ def _add(tree: ElementTree.Element, name: str, image: Path, data: _Data) -> None
         missing = any(found.findtext(f"bndbox/{side}") is None for side in SIDES)
         label = (found.findtext("name") or "").strip()
         difficult = _number(found, "difficult") > 0
-        where = f"object {number} ({label or 'without a name'}) of {name}"
+        where = f"object {number} ({label or 'without a name'})"
         data.objects.append((len(data.images), where, label, None if missing else corners, difficult))
     data.images.append(image)
 

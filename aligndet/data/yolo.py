@@ -55,7 +55,7 @@ def load_yolo(
             report.setdefault(LABELS_UNREADABLE, []).append(f"{labels} ({error})")
             continue
         kept.append(image)
-        texts.append((labels, text))
+        texts.append(text)
     listing = Listing(
         path=str(path),
         image_ids=range(1, len(kept) + 1),
@@ -143,11 +143,11 @@ def _label_file(image: Path) -> Path:
     return Path(*parts).with_suffix(".txt")
 
 
-def _objects(texts: Sequence[tuple[Path, str]], sizes: Sequence[tuple[int, int]]) -> Iterator[LabelledObject]:
-    for image, (labels, text) in enumerate(texts):
+def _objects(texts: Sequence[str], sizes: Sequence[tuple[int, int]]) -> Iterator[LabelledObject]:
+    for image, text in enumerate(texts):
         for number, line in enumerate(text.splitlines(), start=1):
             if line.strip():
-                yield _object(line.split(), f"line {number} of {labels.name}", image, sizes[image])
+                yield _object(line.split(), f"line {number} of the labels", image, sizes[image])
 
 
 def _object(words: Sequence[str], name: str, image: int, size: tuple[int, int]) -> LabelledObject:

@@ -114,7 +114,7 @@ def test_voc_class_ids_do_not_depend_on_the_split(tmp_path: Path) -> None:
     assert found.class_names == ("owl", "fox", "dog")
     assert found.labels.tolist() == [2]
     assert list(found.report) == ["category unknown"]
-    assert "object 2 (cat) of a b.xml" in found.report["category unknown"][0]
+    assert "object 2 (cat) of a b.png" in found.report["category unknown"][0]
 
 
 def test_yolo_layouts(tmp_path: Path) -> None:
@@ -186,7 +186,8 @@ def test_real_xml_and_real_json_say_the_same(shared: Path) -> None:
     for split, boxes in (("train", 2804), ("val", 1137)):
         voc = load_annotations(folder, format="voc", split=split)
         coco = load_annotations(folder, format="coco", split=split)
-        assert len(coco.boxes) == boxes
+        assert len(coco.boxes) == len(voc.boxes) == boxes
+        assert {reason: len(lines) for reason, lines in voc.report.items()} == {"a side is below 1 px": 1}
         assert sorted(voc.class_names) == sorted(coco.class_names) == ["Platelets", "RBC", "WBC"]
         row_of = {name: row for row, name in enumerate(coco.file_names)}
         assert set(row_of) == set(voc.file_names)

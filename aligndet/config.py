@@ -84,6 +84,7 @@ class DataConfig:
     fold: int = knob(1, least=0, tasks=(FINETUNE,))  # which random subset: the seed of its draw
     short_side: tuple[int, ...] = knob((640, 672, 704, 736, 768, 800), above=0)  # px, one drawn per image and view
     long_side: int = knob(1333, above=0, tasks=BOXES)  # px, upper bound
+    voc_metrics: str | None = knob(None, choices=("11-point", "area"), tasks=(FINETUNE,))  # beside COCO's: method 5.4
     eval_short_side: int = knob(800, above=0, tasks=(FINETUNE,))  # px
     flip: float = knob(0.5, least=0)  # probability of the horizontal flip
     crowds: bool = knob(True, tasks=(FINETUNE,))  # anchors and regions inside crowds are not background

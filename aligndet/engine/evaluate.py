@@ -23,7 +23,7 @@ from torch import Tensor
 
 from aligndet.data.annotations import Annotations
 from aligndet.engine.distributed import World, gather_objects
-from aligndet.engine.truth import Truth, read_json, read_truth
+from aligndet.engine.truth import Truth, by_image, check_detections, read_json, read_truth
 from aligndet.protocol import Detector
 from aligndet.structures import Batch, Detections
 
@@ -73,7 +73,7 @@ def coco_metrics(
     if iou_type not in IOU_TYPES:
         raise ValueError(f"iou_type: want one of {', '.join(IOU_TYPES)}, got {iou_type!r}")
     truth = read_truth(annotation_file, classes)
-    found = _records(_by_image(detections, truth), truth, iou_type)
+    found = _records(by_image(detections, truth), truth, iou_type)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(_coco(truth, _true_records(truth, iou_type)), _coco(truth, found), iou_type)
         evaluation.params.catIds = list(truth.categories)
@@ -82,7 +82,7 @@ def coco_metrics(
         evaluation.summarize()
     metrics: dict[str, Any] = dict(zip(METRICS, map(_known, evaluation.stats), strict=True))
     if per_class:
-        metrics["classes"] = _per_class(evaluation, truth.categories)
+        metrics["classes"] = _per_class(evaluation, truth.names)
     return metrics
 
 
@@ -132,10 +132,10 @@ def save_predictions(
     file at ``path`` is replaced whole.
     """
     truth = read_truth(annotation_file, classes)
-    by_image = _by_image(detections, truth)
-    masked = any(item.masks is not None for item in by_image.values())
+    found = by_image(detections, truth)
+    masked = any(item.masks is not None for item in found.values())
     records = []
-    for record in _records(by_image, truth, "segm" if masked else "bbox"):
+    for record in _records(found, truth, "segm" if masked else "bbox"):
         kept = {key: record[key] for key in ("image_id", "category_id", "bbox", "score")}
         if masked:
             mask = record["segmentation"]
@@ -197,24 +197,12 @@ def _detect(detector: Detector, batch: Batch) -> list[Detections]:
     return [item.resized((h, w), (height, width)).to("cpu") for item, (h, w), (height, width) in sizes]
 
 
-def _by_image(detections: Mapping[int, Detections] | Sequence[Detections], truth: Truth) -> dict[int, Detections]:
-    if not isinstance(detections, Mapping):
-        if len(detections) != len(truth.sizes):
-            counts = f"{len(truth.sizes)} images, got detections of {len(detections)}"
-            raise ValueError(f"annotations {truth.path}: want one Detections for each of its {counts}")
-        return dict(zip(truth.sizes, detections, strict=True))
-    unknown = [image_id for image_id in detections if image_id not in truth.sizes]
-    if unknown:
-        raise ValueError(f"annotations {truth.path}: no image with id {unknown[0]!r}, but there are detections of it")
-    return dict(detections)
-
-
 def _records(detections: Mapping[int, Detections], truth: Truth, iou_type: str) -> list[dict[str, Any]]:
     """Detections as pycocotools wants them; areas of masks for "segm", else of boxes."""
     ids = list(truth.categories)
     records: list[dict[str, Any]] = []
     for image_id, item in detections.items():
-        _check(item, image_id, len(ids))
+        check_detections(item, image_id, len(ids))
         boxes = item.boxes.double()
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)  # x, y, width, height
         rows = zip(boxes.tolist(), item.scores.tolist(), item.labels.tolist(), strict=True)
@@ -226,16 +214,6 @@ def _records(detections: Mapping[int, Detections], truth: Truth, iou_type: str) 
                 record |= {"segmentation": masks[row], "area": float(rle.area(masks[row]))}
             records.append(record)
     return records
-
-
-def _check(item: Detections, image_id: int, classes: int) -> None:
-    if len(item) == 0:
-        return
-    if not bool(item.boxes.isfinite().all() and item.scores.isfinite().all()):
-        raise ValueError(f"detections of image {image_id}: want finite boxes and scores")
-    low, high = int(item.labels.min()), int(item.labels.max())
-    if low < 0 or high >= classes:
-        raise ValueError(f"detections of image {image_id}: want labels in 0 .. {classes - 1}, got {low} .. {high}")
 
 
 def _encoded(item: Detections, image_id: int, truth: Truth) -> list[dict[str, Any]]:
@@ -289,16 +267,14 @@ def _coco(truth: Truth, records: list[dict[str, Any]]) -> COCO:
 
 
 def _per_class(evaluation: COCOeval, categories: Mapping[int, str]) -> dict[str, dict[str, float]]:
-    """AP and AP50 of each class in the order of labels; names that occur twice get their category id."""
+    """AP and AP50 of each class, by its name in ``categories``."""
     # [T, R, K, A, M]: IoU thresholds, recalls, categories by ascending id, areas (0 = all), limits (last = 100)
     precision = evaluation.eval["precision"][..., 0, -1]  # [T, R, K]
-    names = list(categories.values())
     columns = {category_id: column for column, category_id in enumerate(evaluation.params.catIds)}
     result = {}
     for category_id, name in categories.items():
         values = precision[..., columns[category_id]]
-        unique = name if names.count(name) == 1 else f"{name} ({category_id})"
-        result[unique] = {"AP": _known(values.mean()), "AP50": _known(values[0].mean())}
+        result[name] = {"AP": _known(values.mean()), "AP50": _known(values[0].mean())}
     return result
 
 

@@ -67,6 +67,8 @@ def summary(metrics: dict[str, Any], per_class: bool = False) -> str:
     """Metrics as a small table, in per cent."""
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     lines = ["  ".join(f"{name} {100 * metrics[name]:.1f}" for name in names)]
+    if "voc" in metrics:
+        lines.append("VOC: " + "  ".join(f"{name} {100 * metrics['voc'][name]:.1f}" for name in names[:3]))
     if "masks" in metrics:
         lines.append("masks: " + "  ".join(f"{name} {100 * metrics['masks'][name]:.1f}" for name in names))
     if per_class:

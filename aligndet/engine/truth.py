@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from aligndet.data.annotations import Annotations
+from aligndet.structures import Detections
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,12 @@ class Truth:
     categories: dict[int, str]
     all_categories: frozenset[int]
     annotations: list[dict[str, Any]]
+
+    @property
+    def names(self) -> dict[int, str]:
+        """Names by category id in the order of labels; those that occur twice with their id."""
+        every = list(self.categories.values())
+        return {key: name if every.count(name) == 1 else f"{name} ({key})" for key, name in self.categories.items()}
 
 
 def read_truth(source: str | Path | Annotations, classes: Sequence[str]) -> Truth:
@@ -64,6 +71,30 @@ def read_truth(source: str | Path | Annotations, classes: Sequence[str]) -> Trut
             raise ValueError(f"annotations {path}: no category {missing[0]!r}; it has {', '.join(by_name)}")
         categories = {by_name[name]: name for name in classes}
     return Truth(path, sizes, categories, frozenset(names), annotations)
+
+
+def by_image(detections: Mapping[int, Detections] | Sequence[Detections], truth: Truth) -> dict[int, Detections]:
+    """Detections by image id, of a sequence in the order of the file; ValueError for an image that it does not have."""
+    if not isinstance(detections, Mapping):
+        if len(detections) != len(truth.sizes):
+            counts = f"{len(truth.sizes)} images, got detections of {len(detections)}"
+            raise ValueError(f"annotations {truth.path}: want one Detections for each of its {counts}")
+        return dict(zip(truth.sizes, detections, strict=True))
+    unknown = [image_id for image_id in detections if image_id not in truth.sizes]
+    if unknown:
+        raise ValueError(f"annotations {truth.path}: no image with id {unknown[0]!r}, but there are detections of it")
+    return dict(detections)
+
+
+def check_detections(item: Detections, image_id: int, classes: int) -> None:
+    """Raises ValueError for boxes and scores that are not finite, and for labels beyond the classes."""
+    if len(item) == 0:
+        return
+    if not bool(item.boxes.isfinite().all() and item.scores.isfinite().all()):
+        raise ValueError(f"detections of image {image_id}: want finite boxes and scores")
+    low, high = int(item.labels.min()), int(item.labels.max())
+    if low < 0 or high >= classes:
+        raise ValueError(f"detections of image {image_id}: want labels in 0 .. {classes - 1}, got {low} .. {high}")
 
 
 def read_json(path: str | Path, kind: str) -> Any:

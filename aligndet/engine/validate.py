@@ -18,6 +18,7 @@ from aligndet.data.formats import coco_file, detect_format, images_of, load_anno
 from aligndet.data.labelled import EvaluationImages
 from aligndet.engine.distributed import World
 from aligndet.engine.evaluate import coco_metrics, evaluate_detector
+from aligndet.engine.voc import voc_metrics
 from aligndet.models import folded
 from aligndet.protocol import Detector
 from aligndet.structures import Detections
@@ -59,9 +60,15 @@ def metrics_of(
     detections: Mapping[int, Detections],
     per_class: bool = False,
 ) -> dict[str, Any]:
-    """The metrics of ``coco_metrics`` for boxes, and for detectors with masks those of masks under "masks"."""
+    """The metrics of ``coco_metrics`` for boxes; for detectors with masks those of masks under "masks".
+
+    With ``data.voc_metrics`` also those of ``voc_metrics`` under "voc".
+    """
     truth = validation_truth(config, classes, detector.needs_masks)
     metrics = coco_metrics(truth, detections, classes=classes, per_class=per_class)
+    if config.data.voc_metrics is not None:
+        way = config.data.voc_metrics
+        metrics["voc"] = voc_metrics(truth, detections, way=way, classes=classes, per_class=per_class)
     if detector.needs_masks:
         metrics["masks"] = coco_metrics(truth, detections, "segm", classes=classes, per_class=per_class)
     return metrics

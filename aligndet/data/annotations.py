@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -287,16 +288,15 @@ def _corners(box: Any, area: Any, size: tuple[int, int]) -> tuple[tuple[float, .
         x, y, width, height = (float(value) for value in box)
     except (TypeError, ValueError, OverflowError):
         return (), "bbox is not four numbers"
-    if not np.isfinite([x, y, width, height]).all():
+    if not all(map(math.isfinite, (x, y, width, height))):
         return (), "bbox is not finite"
     if width < 1 or height < 1:
         return (), "a side is below 1 px"
     if isinstance(area, int | float) and area <= 0:
         return (), "its area is not positive"
-    limit_y, limit_x = size if min(size) > 0 else (np.inf, np.inf)
+    limit_y, limit_x = size if min(size) > 0 else (math.inf, math.inf)
     # In float32, in which they are kept: a sliver at the border must not round to nothing.
-    with np.errstate(over="ignore"):
-        corners = np.array([max(x, 0), max(y, 0), min(x + width, limit_x), min(y + height, limit_y)], np.float32)
-    if not (np.isfinite(corners).all() and corners[2] > corners[0] and corners[3] > corners[1]):
+    corners = array("f", (max(x, 0), max(y, 0), min(x + width, limit_x), min(y + height, limit_y)))
+    if not (all(map(math.isfinite, corners)) and corners[2] > corners[0] and corners[3] > corners[1]):
         return (), "box outside the image"
-    return tuple(corners.tolist()), ""
+    return tuple(corners), ""

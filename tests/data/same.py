@@ -80,7 +80,9 @@ def write_yolo(folder: Path) -> Path:
         if lines:  # an image without objects has no file
             (folder / "labels" / "train" / f"{Path(name).stem}.txt").write_text("\n".join(lines))
     path = folder / "data.yaml"
-    path.write_text(json.dumps({"path": ".", "train": "images/train", "nc": 3, "names": list(CLASSES)}))
+    path.write_text(
+        json.dumps({"path": ".", "train": "images/train", "val": "images/train", "nc": 3, "names": list(CLASSES)})
+    )
     return path
 
 

@@ -68,7 +68,7 @@ def train(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_weights(argv: Sequence[str] | None = None) -> int:
-    """COCO metrics of a trained detector on data.val; writes metrics.json and predictions.json."""
+    """COCO metrics (and VOC's) of a trained detector on data.val; writes metrics.json and predictions.json."""
     parser = argparse.ArgumentParser(prog="eval", description=evaluate_weights.__doc__)
     _add_config(parser)
     parser.add_argument("--weights", required=True, help="model.pt of a fine-tuning run")

@@ -14,7 +14,7 @@ import torch
 
 from aligndet import convert, demo
 from aligndet.config import Config, load_config
-from aligndet.data import propose
+from aligndet.data import check, propose, split
 from aligndet.engine import cluster, distributed, predictions
 from aligndet.engine.finish import evaluate, finish, summary
 from aligndet.engine.loop import fit
@@ -24,6 +24,8 @@ from aligndet.weights import load_detector
 
 # Modules with ``add_arguments(parser)`` and ``run(arguments) -> exit code``.
 TOOLS = {
+    "check": (check, "Report on a data set before training: exit code 0 where it is usable, 1 where it is not."),
+    "split": (split, "Write the low-data folds of a labelled data set."),
     "propose": (propose, "Find boxes of likely objects in images."),
     "cluster": (cluster, "Pseudo-classes for the boxes of a proposal file."),
     "predict": (predictions, "Detect objects in images."),
@@ -66,7 +68,7 @@ def train(argv: Sequence[str] | None = None) -> int:
 
 
 def evaluate_weights(argv: Sequence[str] | None = None) -> int:
-    """COCO metrics of a trained detector on data.val; writes metrics.json and predictions.json."""
+    """COCO metrics (and VOC's) of a trained detector on data.val; writes metrics.json and predictions.json."""
     parser = argparse.ArgumentParser(prog="eval", description=evaluate_weights.__doc__)
     _add_config(parser)
     parser.add_argument("--weights", required=True, help="model.pt of a fine-tuning run")

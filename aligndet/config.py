@@ -75,19 +75,21 @@ class DataConfig:
     proposal_order: str = knob("random", choices=("random", "first"), tasks=(PRETRAIN,))  # which subset
     colour: bool = knob(True, tasks=(PRETRAIN,))  # one colour operation of nine per view
     crop_scale: tuple[float, ...] = knob((0.2, 1.0), above=0, tasks=(IMAGE_DOMAIN,))  # area of the random crops
-    train: str | None = knob(None, tasks=(FINETUNE,))  # COCO json
-    train_images: str | None = knob(None, tasks=(FINETUNE,))  # folder; None: looked for beside the json
-    val: str | None = knob(None, tasks=(FINETUNE,))  # COCO json
+    train: str | None = knob(None, tasks=(FINETUNE,))  # labels: a file or folder of a format
+    train_images: str | None = knob(None, tasks=(FINETUNE,))  # folder; None: as the format says, or looked for
+    val: str | None = knob(None, tasks=(FINETUNE,))  # may be the same as train where that has parts train and val
     val_images: str | None = knob(None, tasks=(FINETUNE,))
+    format: str | None = knob(None, choices=("coco", "voc", "yolo"), tasks=(FINETUNE,))  # None: found out by the path
     classes: tuple[str, ...] = knob((), tasks=(FINETUNE,))  # only these, in this order; empty: all of the file
     labelled: int | None = knob(None, above=0, tasks=(FINETUNE,))  # train on so many images only; None: all
     fold: int = knob(1, least=0, tasks=(FINETUNE,))  # which random subset: the seed of its draw
     short_side: tuple[int, ...] = knob((640, 672, 704, 736, 768, 800), above=0)  # px, one drawn per image and view
     long_side: int = knob(1333, above=0, tasks=BOXES)  # px, upper bound
+    voc_metrics: str | None = knob(None, choices=("11-point", "area"), tasks=(FINETUNE,))  # beside COCO's: method 5.4
     eval_short_side: int = knob(800, above=0, tasks=(FINETUNE,))  # px
     flip: float = knob(0.5, least=0)  # probability of the horizontal flip
     crowds: bool = knob(True, tasks=(FINETUNE,))  # anchors and regions inside crowds are not background
-    on_error: str = knob("skip", choices=("skip", "fail"))  # unreadable image: count and replace it, or stop
+    on_error: str = knob("skip", choices=("skip", "fail"))  # image or label that does not serve: count it, or stop
     workers: int = knob(2, least=0)  # loader processes per rank
 
 

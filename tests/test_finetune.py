@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from aligndet.assigners import PositivesFirst
+from aligndet.data.annotations import Annotations
 from aligndet.data.batch import collate
-from aligndet.data.coco import CocoAnnotations, load_coco
+from aligndet.data.coco import load_coco
 from aligndet.data.labelled import LabelledImages
 from aligndet.data.synthetic import make_scenes
 from aligndet.engine.evaluate import coco_metrics
@@ -37,7 +38,7 @@ def overfitted(detector: Detector, batch: Batch, rate: float, steps: int) -> lis
         return detector.detect(candidates, batch.sizes)
 
 
-def batch_of_all(annotations: CocoAnnotations, folder: Path, side: int) -> Batch:
+def batch_of_all(annotations: Annotations, folder: Path, side: int) -> Batch:
     dataset = LabelledImages(annotations, folder, short_sides=(side,), long_side=side, flip_probability=0.0)
     return collate([dataset[(index, index)] for index in range(len(dataset))])
 

@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from aligndet.data.annotations import Annotations
 from aligndet.data.batch import Sample
-from aligndet.data.coco import CocoAnnotations
 from aligndet.data.retry import first_readable
 from aligndet.data.transforms import flip, read_image, resize
 from aligndet.ops.boxes import clip
@@ -39,7 +39,7 @@ class LabelledImages(Dataset[Sample]):
 
     def __init__(
         self,
-        annotations: CocoAnnotations,
+        annotations: Annotations,
         root: str | Path,
         *,
         short_sides: tuple[int, ...],
@@ -92,7 +92,7 @@ class EvaluationImages(Dataset[Sample]):
     """
 
     def __init__(
-        self, annotations: CocoAnnotations, root: str | Path, *, short_side: int, long_side: int, on_error: str = "skip"
+        self, annotations: Annotations, root: str | Path, *, short_side: int, long_side: int, on_error: str = "skip"
     ) -> None:
         self.annotations, self.root = annotations, Path(root)
         self.short_side, self.long_side, self.on_error = short_side, long_side, on_error
@@ -117,19 +117,24 @@ class EvaluationImages(Dataset[Sample]):
         return Sample(image, boxes * factors, labels, torch.arange(len(boxes)), original, image_id, skipped)
 
 
-def _read(annotations: CocoAnnotations, root: Path, row: int) -> Tensor:
+def wrong_size(annotations: Annotations, row: int, size: tuple[int, int]) -> str:
+    """How the ``size`` (height, width) px of an image differs from what its labels say; "" where it does not."""
+    height, width = annotations.sizes[row].tolist()
+    if min(height, width) == 0 or (height, width) == size:
+        return ""
+    return f"{annotations.path} says {width} x {height} px, the file has {size[1]} x {size[0]}"
+
+
+def _read(annotations: Annotations, root: Path, row: int) -> Tensor:
     path = root / annotations.file_names[row]
     image = read_image(path)
-    recorded = tuple(int(side) for side in annotations.sizes[row])
-    if min(recorded) > 0 and image.shape[:2] != recorded:
-        raise ValueError(
-            f"image {path}: {annotations.path} says {recorded[1]} x {recorded[0]} px, "
-            f"the file has {image.shape[1]} x {image.shape[0]}"
-        )
+    wrong = wrong_size(annotations, row, (image.shape[0], image.shape[1]))
+    if wrong:
+        raise ValueError(f"image {path}: {wrong}")
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
-def _targets(annotations: CocoAnnotations, row: int, pixels: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
+def _targets(annotations: Annotations, row: int, pixels: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
     """Boxes, labels and rows of an image; clipped here: a file without image sizes could not be on reading."""
     rows = annotations.rows_of(row)
     boxes = clip(torch.from_numpy(annotations.boxes[rows]), torch.tensor(pixels.shape[1:]))
@@ -137,13 +142,13 @@ def _targets(annotations: CocoAnnotations, row: int, pixels: Tensor) -> tuple[Te
     return boxes[inside], torch.from_numpy(annotations.labels[rows])[inside], rows[inside.numpy()]
 
 
-def _crowds(annotations: CocoAnnotations, row: int, pixels: Tensor) -> Tensor:
+def _crowds(annotations: Annotations, row: int, pixels: Tensor) -> Tensor:
     """The crowd regions of an image, clipped to it: float32 [r, 4] xyxy px."""
     boxes = clip(torch.from_numpy(annotations.crowds_of(row)), torch.tensor(pixels.shape[1:]))
     return boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
 
 
-def _masks(annotations: CocoAnnotations, rows: np.ndarray, pixels: Tensor, image: Tensor) -> Tensor:
+def _masks(annotations: Annotations, rows: np.ndarray, pixels: Tensor, image: Tensor) -> Tensor:
     """The masks of boxes at the size of the resized ``image``: bool [m, H, W]; the nearest pixel decides."""
     masks = torch.from_numpy(annotations.masks_of(rows, (pixels.shape[1], pixels.shape[2])))
     if masks.shape[1:] == image.shape[1:] or not len(masks):

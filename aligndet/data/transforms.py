@@ -11,21 +11,33 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
+from aligndet.data.headers import is_truncated
+
 
 def read_image(path: str | Path) -> np.ndarray:
     """An image file as uint8 [H, W, 3] RGB, EXIF orientation applied; grey, alpha and 16 bit become 8-bit RGB.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no image that OpenCV can read.
+        ValueError: it is no image that OpenCV can read, or only a part of one.
     """
-    path = Path(path)
+    return decode_image(read_file(path), path)
+
+
+def read_file(path: str | Path) -> np.ndarray:
+    """The bytes of a file: uint8 [n]; errors of ``read_image``. (cv2.imread itself fails on some non-ASCII paths.)"""
     try:
-        data = np.fromfile(path, dtype=np.uint8)  # cv2.imread itself fails on some non-ASCII paths
+        return np.fromfile(path, dtype=np.uint8)
     except FileNotFoundError:
         raise FileNotFoundError(f"image {path}: no such file") from None
     except OSError as error:
         raise ValueError(f"image {path}: cannot be read: {error}") from None
+
+
+def decode_image(data: np.ndarray, path: str | Path) -> np.ndarray:
+    """``read_image`` of bytes read; ``path`` for messages. Half a file is refused, which OpenCV fills up with grey."""
+    if is_truncated(data.tobytes()):
+        raise ValueError(f"image {path}: truncated: the file ends before the image does ({data.size} bytes)")
     try:
         image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
     except cv2.error:

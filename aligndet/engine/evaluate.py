@@ -11,7 +11,6 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +21,9 @@ from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
+from aligndet.data.annotations import Annotations
 from aligndet.engine.distributed import World, gather_objects
+from aligndet.engine.truth import Truth, by_image, check_detections, read_json, read_truth
 from aligndet.protocol import Detector
 from aligndet.structures import Batch, Detections
 
@@ -41,7 +42,7 @@ class Batches(Protocol):
 
 
 def coco_metrics(
-    annotation_file: str | Path,
+    annotation_file: str | Path | Annotations,
     detections: Mapping[int, Detections] | Sequence[Detections],
     iou_type: str = "bbox",
     *,
@@ -51,7 +52,8 @@ def coco_metrics(
     """COCO's twelve metrics of detections against an annotation file.
 
     Args:
-        annotation_file: COCO json; "area", "iscrowd", annotation ids and "info" may be missing.
+        annotation_file: COCO json; "area", "iscrowd", annotation ids and "info" may be missing. Or annotations of any
+            format, with masks for "segm": the clipped boxes; objects marked difficult are crowds.
         detections: by image id, or one per image in the order of the file; an image without an entry has no detections.
             Boxes in px of the original images; label k is the k-th of ``classes``, or without them the category with
             the k-th smallest id of the file.
@@ -70,8 +72,8 @@ def coco_metrics(
     """
     if iou_type not in IOU_TYPES:
         raise ValueError(f"iou_type: want one of {', '.join(IOU_TYPES)}, got {iou_type!r}")
-    truth = _read_truth(annotation_file, classes)
-    found = _records(_by_image(detections, truth), truth, iou_type)
+    truth = read_truth(annotation_file, classes)
+    found = _records(by_image(detections, truth), truth, iou_type)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = COCOeval(_coco(truth, _true_records(truth, iou_type)), _coco(truth, found), iou_type)
         evaluation.params.catIds = list(truth.categories)
@@ -80,7 +82,7 @@ def coco_metrics(
         evaluation.summarize()
     metrics: dict[str, Any] = dict(zip(METRICS, map(_known, evaluation.stats), strict=True))
     if per_class:
-        metrics["classes"] = _per_class(evaluation, truth.categories)
+        metrics["classes"] = _per_class(evaluation, truth.names)
     return metrics
 
 
@@ -120,7 +122,7 @@ def evaluate_detector(detector: Detector, loader: Batches, world: World, amp: st
 
 def save_predictions(
     path: str | Path,
-    annotation_file: str | Path,
+    annotation_file: str | Path | Annotations,
     detections: Mapping[int, Detections] | Sequence[Detections],
     classes: Sequence[str] = (),
 ) -> None:
@@ -129,11 +131,11 @@ def save_predictions(
     Masks are written as run lengths where the detections have them. Arguments and errors as in ``coco_metrics``; the
     file at ``path`` is replaced whole.
     """
-    truth = _read_truth(annotation_file, classes)
-    by_image = _by_image(detections, truth)
-    masked = any(item.masks is not None for item in by_image.values())
+    truth = read_truth(annotation_file, classes)
+    found = by_image(detections, truth)
+    masked = any(item.masks is not None for item in found.values())
     records = []
-    for record in _records(by_image, truth, "segm" if masked else "bbox"):
+    for record in _records(found, truth, "segm" if masked else "bbox"):
         kept = {key: record[key] for key in ("image_id", "category_id", "bbox", "score")}
         if masked:
             mask = record["segmentation"]
@@ -145,7 +147,7 @@ def save_predictions(
 
 
 def load_predictions(
-    path: str | Path, annotation_file: str | Path, classes: Sequence[str] = ()
+    path: str | Path, annotation_file: str | Path | Annotations, classes: Sequence[str] = ()
 ) -> dict[int, Detections]:
     """What ``save_predictions`` wrote, or another program in COCO's results format, with an entry for every image.
 
@@ -155,10 +157,10 @@ def load_predictions(
         FileNotFoundError: there is no such file.
         ValueError: it is no list of COCO results, or an image or category is not in the annotation file.
     """
-    truth = _read_truth(annotation_file, classes)
+    truth = read_truth(annotation_file, classes)
     rows: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in truth.sizes}
     label_of = {category_id: label for label, category_id in enumerate(truth.categories)}
-    records = _read_json(path, "predictions")
+    records = read_json(path, "predictions")
     if not isinstance(records, list):
         raise ValueError(f"predictions {path}: want a list of results, got {type(records).__name__}")
     for number, record in enumerate(records):
@@ -169,7 +171,7 @@ def load_predictions(
             raise ValueError(f"predictions {path}, row {number}: want {want}, got {str(record)[:100]}") from None
         if image_id not in rows or category_id not in truth.all_categories:
             ids = f"image {image_id}, category {category_id}"
-            raise ValueError(f"predictions {path}, row {number}: {ids} is not in {annotation_file}")
+            raise ValueError(f"predictions {path}, row {number}: {ids} is not in {truth.path}")
         if category_id in label_of:
             rows[image_id].append(record)
     return {image_id: _detections(part, label_of) for image_id, part in rows.items()}
@@ -195,78 +197,12 @@ def _detect(detector: Detector, batch: Batch) -> list[Detections]:
     return [item.resized((h, w), (height, width)).to("cpu") for item, (h, w), (height, width) in sizes]
 
 
-@dataclass(frozen=True)
-class _Truth:
-    """An annotation file, of which only some categories may be asked for.
-
-    Attributes:
-        path: the file.
-        sizes: (height, width) px by image id, in the order of the file; zeros where the file has none.
-        categories: names by category id, in the order of labels.
-        all_categories: the ids of every category of the file.
-        annotations: as in the file.
-    """
-
-    path: Path
-    sizes: dict[int, tuple[int, int]]
-    categories: dict[int, str]
-    all_categories: frozenset[int]
-    annotations: list[dict[str, Any]]
-
-
-def _read_truth(path: str | Path, classes: Sequence[str]) -> _Truth:
-    path = Path(path)
-    content = _read_json(path, "annotations")
-    try:
-        sizes = {image["id"]: (image.get("height", 0), image.get("width", 0)) for image in content["images"]}
-        names = {category["id"]: str(category["name"]) for category in content["categories"]}
-        annotations = content["annotations"]
-        categories = {category_id: names[category_id] for category_id in sorted(names)}
-    except (KeyError, TypeError, AttributeError) as error:
-        want = "images, annotations and categories with their ids, as in COCO"
-        raise ValueError(f"annotations {path}: want {want}; problem: {type(error).__name__} {error}") from None
-    if classes:
-        by_name = {name: category_id for category_id, name in categories.items()}
-        twice = [name for name in classes if list(classes).count(name) + list(names.values()).count(name) > 2]
-        if twice:
-            raise ValueError(
-                f"annotations {path}: want each class once in classes and in the file, got {twice[0]!r} twice"
-            )
-        missing = [name for name in classes if name not in by_name]
-        if missing:
-            raise ValueError(f"annotations {path}: no category {missing[0]!r}; it has {', '.join(by_name)}")
-        categories = {by_name[name]: name for name in classes}
-    return _Truth(path, sizes, categories, frozenset(names), annotations)
-
-
-def _read_json(path: str | Path, kind: str) -> Any:
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"{kind} {path}: no such file")
-    try:
-        return json.loads(path.read_bytes())
-    except ValueError as error:
-        raise ValueError(f"{kind} {path}: not readable as JSON: {error}") from None
-
-
-def _by_image(detections: Mapping[int, Detections] | Sequence[Detections], truth: _Truth) -> dict[int, Detections]:
-    if not isinstance(detections, Mapping):
-        if len(detections) != len(truth.sizes):
-            counts = f"{len(truth.sizes)} images, got detections of {len(detections)}"
-            raise ValueError(f"annotations {truth.path}: want one Detections for each of its {counts}")
-        return dict(zip(truth.sizes, detections, strict=True))
-    unknown = [image_id for image_id in detections if image_id not in truth.sizes]
-    if unknown:
-        raise ValueError(f"annotations {truth.path}: no image with id {unknown[0]!r}, but there are detections of it")
-    return dict(detections)
-
-
-def _records(detections: Mapping[int, Detections], truth: _Truth, iou_type: str) -> list[dict[str, Any]]:
+def _records(detections: Mapping[int, Detections], truth: Truth, iou_type: str) -> list[dict[str, Any]]:
     """Detections as pycocotools wants them; areas of masks for "segm", else of boxes."""
     ids = list(truth.categories)
     records: list[dict[str, Any]] = []
     for image_id, item in detections.items():
-        _check(item, image_id, len(ids))
+        check_detections(item, image_id, len(ids))
         boxes = item.boxes.double()
         boxes = torch.cat([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], dim=1)  # x, y, width, height
         rows = zip(boxes.tolist(), item.scores.tolist(), item.labels.tolist(), strict=True)
@@ -280,17 +216,7 @@ def _records(detections: Mapping[int, Detections], truth: _Truth, iou_type: str)
     return records
 
 
-def _check(item: Detections, image_id: int, classes: int) -> None:
-    if len(item) == 0:
-        return
-    if not bool(item.boxes.isfinite().all() and item.scores.isfinite().all()):
-        raise ValueError(f"detections of image {image_id}: want finite boxes and scores")
-    low, high = int(item.labels.min()), int(item.labels.max())
-    if low < 0 or high >= classes:
-        raise ValueError(f"detections of image {image_id}: want labels in 0 .. {classes - 1}, got {low} .. {high}")
-
-
-def _encoded(item: Detections, image_id: int, truth: _Truth) -> list[dict[str, Any]]:
+def _encoded(item: Detections, image_id: int, truth: Truth) -> list[dict[str, Any]]:
     if len(item) == 0:
         return []
     if item.masks is None:
@@ -303,7 +229,7 @@ def _encoded(item: Detections, image_id: int, truth: _Truth) -> list[dict[str, A
     return rle.encode(np.asfortranarray(item.masks.permute(1, 2, 0).to(torch.uint8).numpy()))
 
 
-def _true_records(truth: _Truth, iou_type: str) -> list[dict[str, Any]]:
+def _true_records(truth: Truth, iou_type: str) -> list[dict[str, Any]]:
     """The annotations with what pycocotools needs.
 
     They are numbered anew: pycocotools takes a match with annotation id 0 for none, and mixes up equal ids.
@@ -322,14 +248,14 @@ def _true_records(truth: _Truth, iou_type: str) -> list[dict[str, Any]]:
     return records
 
 
-def _area(record: Mapping[str, Any], truth: _Truth) -> float:
+def _area(record: Mapping[str, Any], truth: Truth) -> float:
     helper = COCO()
     height, width = truth.sizes[record["image_id"]]
     helper.imgs = {record["image_id"]: {"height": height, "width": width}}
     return float(rle.area(helper.annToRLE(record)))
 
 
-def _coco(truth: _Truth, records: list[dict[str, Any]]) -> COCO:
+def _coco(truth: Truth, records: list[dict[str, Any]]) -> COCO:
     """A COCO object from memory; unlike ``loadRes`` it works without detections and without "info"."""
     coco = COCO()
     images = [{"id": image_id, "height": size[0], "width": size[1]} for image_id, size in truth.sizes.items()]
@@ -341,16 +267,14 @@ def _coco(truth: _Truth, records: list[dict[str, Any]]) -> COCO:
 
 
 def _per_class(evaluation: COCOeval, categories: Mapping[int, str]) -> dict[str, dict[str, float]]:
-    """AP and AP50 of each class in the order of labels; names that occur twice get their category id."""
+    """AP and AP50 of each class, by its name in ``categories``."""
     # [T, R, K, A, M]: IoU thresholds, recalls, categories by ascending id, areas (0 = all), limits (last = 100)
     precision = evaluation.eval["precision"][..., 0, -1]  # [T, R, K]
-    names = list(categories.values())
     columns = {category_id: column for column, category_id in enumerate(evaluation.params.catIds)}
     result = {}
     for category_id, name in categories.items():
         values = precision[..., columns[category_id]]
-        unique = name if names.count(name) == 1 else f"{name} ({category_id})"
-        result[unique] = {"AP": _known(values.mean()), "AP50": _known(values[0].mean())}
+        result[name] = {"AP": _known(values.mean()), "AP50": _known(values[0].mean())}
     return result
 
 

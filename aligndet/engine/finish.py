@@ -14,7 +14,7 @@ from aligndet.engine.distributed import World, barrier
 from aligndet.engine.evaluate import save_predictions
 from aligndet.engine.loop import Training
 from aligndet.engine.prepare import detector_arguments, pretraining_arguments, training_annotations
-from aligndet.engine.validate import detections_on, metrics_of, validation_file, without_nan
+from aligndet.engine.validate import detections_on, metrics_of, validation_truth, without_nan
 from aligndet.finetune import FineTune
 from aligndet.image_domain.simsiam import SimSiam
 from aligndet.pretrain import AlignDet
@@ -55,7 +55,8 @@ def evaluate(config: Config, detector: Detector, classes: Sequence[str], world: 
     detections = detections_on(config, detector, classes, world)
     if world.rank == 0:  # first: metrics of masks refuse a file without them, and detections are what took the time
         folder.mkdir(parents=True, exist_ok=True)
-        save_predictions(folder / "predictions.json", validation_file(config), detections, classes=classes)
+        truth = validation_truth(config, classes)
+        save_predictions(folder / "predictions.json", truth, detections, classes=classes)
     metrics = metrics_of(config, detector, classes, detections, per_class=True)
     if world.rank == 0:
         (folder / "metrics.json").write_text(json.dumps(without_nan(metrics), indent=1))
@@ -66,6 +67,8 @@ def summary(metrics: dict[str, Any], per_class: bool = False) -> str:
     """Metrics as a small table, in per cent."""
     names = ("AP", "AP50", "AP75", "APs", "APm", "APl")
     lines = ["  ".join(f"{name} {100 * metrics[name]:.1f}" for name in names)]
+    if "voc" in metrics:
+        lines.append("VOC: " + "  ".join(f"{name} {100 * metrics['voc'][name]:.1f}" for name in names[:3]))
     if "masks" in metrics:
         lines.append("masks: " + "  ".join(f"{name} {100 * metrics['masks'][name]:.1f}" for name in names))
     if per_class:

@@ -16,10 +16,11 @@ from torch import nn
 
 from aligndet import config as settings
 from aligndet.config import Config, ModelConfig
+from aligndet.data.annotations import Annotations
 from aligndet.data.batch import collate, collate_views
-from aligndet.data.coco import CocoAnnotations, find_images, load_coco
 from aligndet.data.crops import CropPairs
 from aligndet.data.folder import list_images
+from aligndet.data.formats import images_of, load_annotations
 from aligndet.data.labelled import LabelledImages
 from aligndet.data.proposals import open_proposals
 from aligndet.data.splits import choose_labelled
@@ -102,13 +103,20 @@ def detector_arguments(model: ModelConfig, num_classes: int) -> dict[str, Any]:
     }
 
 
-def training_annotations(config: Config) -> tuple[CocoAnnotations, Path, np.ndarray]:
+def training_annotations(config: Config) -> tuple[Annotations, Path, np.ndarray]:
     """The labels of ``data.train``, their image folder, and the rows of the images that are trained on."""
     data = config.data
     if data.train is None:
-        raise ValueError("data.train: training needs it, a COCO json")
-    annotations = load_coco(data.train, classes=data.classes, masks=detector_class(config.model.detector).needs_masks)
-    root = find_images(data.train, data.train_images, annotations.file_names)
+        raise ValueError("data.train: training needs it, labels in COCO, VOC or YOLO format")
+    annotations = load_annotations(
+        data.train,
+        format=data.format,
+        split="train",
+        classes=data.classes,
+        masks=detector_class(config.model.detector).needs_masks,
+        on_error=data.on_error,
+    )
+    root = images_of(annotations, data.train_images)
     number = len(annotations.file_names)
     if data.labelled is not None and data.labelled > number:
         raise ValueError(f"data.labelled: want at most the {number} images of {data.train}, got {data.labelled}")

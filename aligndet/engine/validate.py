@@ -4,38 +4,47 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch.utils.data import DataLoader, Subset
 
 from aligndet.config import Config
+from aligndet.data.annotations import Annotations
 from aligndet.data.batch import collate
-from aligndet.data.coco import find_images, load_coco
+from aligndet.data.coco import load_coco
+from aligndet.data.formats import coco_file, detect_format, images_of, load_annotations
 from aligndet.data.labelled import EvaluationImages
 from aligndet.engine.distributed import World
 from aligndet.engine.evaluate import coco_metrics, evaluate_detector
+from aligndet.engine.voc import voc_metrics
 from aligndet.models import folded
 from aligndet.protocol import Detector
 from aligndet.structures import Detections
 
 
-def validation_file(config: Config) -> str:
-    """``data.val``.
+def validation_truth(config: Config, classes: Sequence[str], masks: bool = False) -> Path | Annotations:
+    """What ``data.val`` says is to be found: a COCO file as it stands, or annotations of another format.
 
     Raises:
         ValueError: it is not set.
     """
-    if config.data.val is None:
-        raise ValueError("data.val: evaluation needs it, a COCO json")
-    return config.data.val
+    data = config.data
+    if data.val is None:
+        raise ValueError("data.val: evaluation needs it, labels in COCO, VOC or YOLO format")
+    if (data.format or detect_format(data.val)) == "coco":
+        return coco_file(data.val, "val")
+    return load_annotations(
+        data.val, format=data.format, split="val", classes=classes, masks=masks, on_error=data.on_error
+    )
 
 
 def detections_on(config: Config, detector: Detector, classes: Sequence[str], world: World) -> dict[int, Detections]:
     """The detections on ``data.val`` by image id; the same on every rank; detector and random numbers stay."""
-    data, path = config.data, validation_file(config)
-    annotations = load_coco(path, classes=classes)
-    root = find_images(path, data.val_images, annotations.file_names)
+    data, truth = config.data, validation_truth(config, classes)
+    annotations = truth if isinstance(truth, Annotations) else load_coco(truth, classes=classes, on_error=data.on_error)
+    root = images_of(annotations, data.val_images)
     sides = {"short_side": data.eval_short_side, "long_side": data.long_side}
     dataset = EvaluationImages(annotations, root, **sides, on_error=data.on_error)
     share = Subset(dataset, range(world.rank, len(dataset), world.size))
@@ -51,11 +60,17 @@ def metrics_of(
     detections: Mapping[int, Detections],
     per_class: bool = False,
 ) -> dict[str, Any]:
-    """The metrics of ``coco_metrics`` for boxes, and for detectors with masks those of masks under "masks"."""
-    path = validation_file(config)
-    metrics = coco_metrics(path, detections, classes=classes, per_class=per_class)
+    """The metrics of ``coco_metrics`` for boxes; for detectors with masks those of masks under "masks".
+
+    With ``data.voc_metrics`` also those of ``voc_metrics`` under "voc".
+    """
+    truth = validation_truth(config, classes, detector.needs_masks)
+    metrics = coco_metrics(truth, detections, classes=classes, per_class=per_class)
+    if config.data.voc_metrics is not None:
+        way = config.data.voc_metrics
+        metrics["voc"] = voc_metrics(truth, detections, way=way, classes=classes, per_class=per_class)
     if detector.needs_masks:
-        metrics["masks"] = coco_metrics(path, detections, "segm", classes=classes, per_class=per_class)
+        metrics["masks"] = coco_metrics(truth, detections, "segm", classes=classes, per_class=per_class)
     return metrics
 
 

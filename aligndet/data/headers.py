@@ -1,0 +1,102 @@
+"""What the bytes of an image file say without decoding it: its size, and whether the file is whole."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+PNG = b"\x89PNG\r\n\x1a\n"
+JPEG = b"\xff\xd8"
+_ALONE = {0x01, *range(0xD0, 0xD9)}  # JPEG markers without a length
+_FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that say the size
+_PNG_END = b"IEND\xaeB`\x82"  # with its checksum
+_ORIENTATION = 0x0112  # tag of EXIF
+
+
+def image_size(path: str | Path) -> tuple[int, int]:
+    """(height, width) px of an image as ``read_image`` gives it, EXIF orientation applied; (0, 0) where it is none.
+
+    JPEG and PNG by their headers; other formats are decoded.
+    """
+    try:
+        data = np.fromfile(path, dtype=np.uint8)
+    except OSError:
+        return 0, 0
+    head = data[: 1 << 16].tobytes()
+    size = None
+    if head.startswith(JPEG):
+        size = _jpeg_size(head) or _jpeg_size(data.tobytes())
+    elif head.startswith(PNG) and head[12:16] == b"IHDR" and b"eXIf" not in head:
+        width, height = struct.unpack(">II", head[16:24])
+        size = height, width
+    return size or _decoded_size(data)
+
+
+def is_truncated(data: bytes) -> bool:
+    """Whether a JPEG lacks its end marker or a PNG its last chunk; decoders fill such files up with grey, silently."""
+    if data.startswith(JPEG):
+        return data.find(b"\xff\xd9", _scan_start(data)) < 0
+    return data.startswith(PNG) and data.rfind(_PNG_END) < 0
+
+
+def _segments(data: bytes) -> list[tuple[int, int, int]]:
+    """(marker, start, end) of the segments of a JPEG up to its pixels, as far as ``data`` goes."""
+    found, place = [], 2
+    while place + 4 <= len(data) and data[place] == 0xFF:
+        marker = data[place + 1]
+        if marker == 0xFF or marker in _ALONE:  # padding, or a marker alone
+            place += 1 if marker == 0xFF else 2
+            continue
+        (length,) = struct.unpack(">H", data[place + 2 : place + 4])
+        found.append((marker, place + 4, place + 2 + length))
+        place += 2 + length
+        if marker == 0xDA:
+            break
+    return found
+
+
+def _scan_start(data: bytes) -> int:
+    """Where the pixels of a JPEG begin: behind headers, whose thumbnails have end markers of their own."""
+    segments = _segments(data)
+    return segments[-1][2] if segments else 0
+
+
+def _jpeg_size(data: bytes) -> tuple[int, int] | None:
+    turned = False
+    for marker, start, end in _segments(data):
+        if marker == 0xE1 and data[start : start + 6] == b"Exif\0\0":
+            turned = turned or _orientation(data[start + 6 : end]) in (5, 6, 7, 8)
+        if marker in _FRAMES and start + 5 <= len(data):
+            height, width = struct.unpack(">HH", data[start + 1 : start + 5])
+            if not height:
+                return None  # said at the end of the pixels
+            return (width, height) if turned else (height, width)
+    return None
+
+
+def _orientation(tiff: bytes) -> int:
+    """The orientation that an EXIF block says, 1 .. 8; 1 where it says none."""
+    order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
+    try:
+        if order is None:
+            return 1
+        (first,) = struct.unpack_from(order + "I", tiff, 4)
+        (count,) = struct.unpack_from(order + "H", tiff, first)
+        for entry in range(count):
+            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, first + 2 + 12 * entry)
+            if tag == _ORIENTATION:
+                return int(value)
+    except struct.error:
+        pass
+    return 1
+
+
+def _decoded_size(data: np.ndarray) -> tuple[int, int]:
+    try:
+        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+    except cv2.error:
+        image = None
+    return (0, 0) if image is None else (image.shape[0], image.shape[1])

@@ -1,0 +1,69 @@
+"""``aligndet split``: the labelled folds of low-data protocols, as COCO files."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from aligndet.data.formats import coco_file, detect_format, images_of, load_annotations
+from aligndet.data.splits import choose_labelled, share_of
+
+FOLDS, PERCENT = (1, 2, 3, 4, 5), (1.0, 5.0, 10.0, 20.0)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of ``aligndet split``."""
+    parser.add_argument("annotations", metavar="LABELS", help="COCO json, VOC image set, YOLO yaml, or a folder")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for NAME.FOLD@PERCENT.json")
+    parser.add_argument("--percent", type=float, nargs="+", default=PERCENT, help="of the images (default 1 5 10 20)")
+    parser.add_argument("--folds", type=int, nargs="+", default=FOLDS, help="seeds of the draws (default 1 2 3 4 5)")
+    parser.add_argument("--format", choices=("coco", "voc", "yolo"), help="default: found out")
+    parser.add_argument("--split", metavar="NAME", help="part of a folder or yaml: train, val, … (default: all)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Write the folds and say how many images each has."""
+    tree, stem, root = _tree(args.annotations, args.format, args.split)
+    number, out = len(tree["images"]), Path(args.out)
+    counts = {percent: share_of(number, percent) for percent in args.percent}
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        for percent, count in counts.items():
+            for fold in args.folds:
+                path = out / f"{stem}.{fold}@{percent:g}.json"
+                temporary = path.with_name(path.name + ".tmp")
+                temporary.write_text(json.dumps(part_of(tree, choose_labelled(number, count, fold).tolist())))
+                os.replace(temporary, path)
+    except OSError as error:
+        raise ValueError(f"--out {out}: cannot write there: {error.strerror}") from None
+    for percent, count in counts.items():
+        folds = ",".join(map(str, args.folds))
+        print(f"{out}/{stem}.{{{folds}}}@{percent:g}.json: {count} of {number} images each")
+    if root is not None:
+        print(f"file names are relative to {root}: train with data.train_images={root}")
+    return 0
+
+
+def part_of(tree: dict[str, Any], images: Sequence[int]) -> dict[str, Any]:
+    """A COCO tree with some of its images, in the order of the file, and their annotations; the rest stays."""
+    kept = [tree["images"][row] for row in sorted(images)]
+    ids = {image["id"] for image in kept}
+    annotations = [annotation for annotation in tree["annotations"] if annotation["image_id"] in ids]
+    return tree | {"images": kept, "annotations": annotations}
+
+
+def _tree(path: str, kind: str | None, split: str | None) -> tuple[dict[str, Any], str, Path | None]:
+    """The labels as COCO json, the name that the folds get, and the image folder where it is not beside the labels."""
+    kind = kind or detect_format(path)
+    if kind == "folder":
+        raise ValueError(f"data {path}: holds no labels to split")
+    file = coco_file(path, split) if kind == "coco" else Path(path)
+    annotations = load_annotations(file, format=kind, split=split)
+    if kind == "coco":  # as it stands there, nothing left out: load_annotations has only proved that it is COCO
+        return json.loads(file.read_bytes()), file.stem, None
+    name = "_".join(["instances", split] if split else ["instances", file.stem.replace("*", "")])
+    return annotations.to_coco(), name, images_of(annotations, None)

@@ -1,0 +1,173 @@
+"""YOLO: a yaml file with class names and image folders, and one text file of boxes or polygons per image."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from aligndet.data.annotations import Annotations, LabelledObject, Listing, assemble, check_once
+from aligndet.data.folder import SUFFIXES, list_images
+from aligndet.data.headers import image_size
+
+SPLITS = ("train", "val", "test")
+LABELS_UNREADABLE = "label file that cannot be read"
+
+
+def load_yolo(
+    path: str | Path,
+    *,
+    split: str | None = None,
+    classes: Sequence[str] = (),
+    masks: bool = False,
+    on_error: str = "skip",
+) -> Annotations:
+    """Read a YOLO data set; arguments and rules of ``load_annotations``.
+
+    Lines are ``class x y width height``, centre and sizes as shares of the image, or ``class x y x y x y ...`` for the
+    polygon of a mask, of which the box is taken too. An image without a label file has no objects. Category ids are the
+    class numbers. A label file that cannot be read is left out with its image, and reported.
+
+    Args:
+        path: the yaml file: ``names`` (list, or numbers to names), ``train``, ``val``, ``test`` (a folder of images, a
+            text file that lists images, or a list of those), optionally ``path``, which those are relative to.
+        split: which of the three; None: all that the file names.
+
+    Raises:
+        FileNotFoundError: no such file, or one of its folders does not exist.
+        ValueError: not such a yaml file; no such split.
+    """
+    path = Path(path)
+    tree = read_yaml(path)
+    categories = _categories(tree, path)
+    images = _images(tree, path, split)
+    root = Path(os.path.commonpath([image.parent for image in images]))
+    report: dict[str, list[str]] = {}
+    kept, texts = [], []
+    for image in images:
+        labels = _label_file(image)
+        try:
+            text = labels.read_text() if labels.is_file() else ""
+        except (OSError, UnicodeDecodeError) as error:
+            report.setdefault(LABELS_UNREADABLE, []).append(f"{labels} ({error})")
+            continue
+        kept.append(image)
+        texts.append(text)
+    listing = Listing(
+        path=str(path),
+        image_ids=range(1, len(kept) + 1),
+        file_names=[image.relative_to(root).as_posix() for image in kept],
+        sizes=[image_size(image) for image in kept],
+        categories=categories,
+        report=report,
+        root=root,
+    )
+    return assemble(listing, _objects(texts, listing.sizes), classes=classes, masks=masks, on_error=on_error)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping of a YOLO yaml file.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is no yaml mapping with ``names``.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"annotations {path}: no such file")
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"annotations {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict) or "names" not in tree:
+        raise ValueError(f"annotations {path}: want YOLO yaml with names, and train, val or test; names is not there")
+    return tree
+
+
+def _categories(tree: dict[str, Any], path: Path) -> dict[int, str]:
+    names = tree["names"]
+    pairs = names if isinstance(names, dict) else dict(enumerate(names)) if isinstance(names, list) else {}
+    if not pairs or not all(isinstance(key, int) and key >= 0 for key in pairs):
+        raise ValueError(f"annotations {path}: names: want a list of names, or numbers to names, got {names!r}")
+    if isinstance(tree.get("nc"), int) and tree["nc"] != len(pairs):
+        raise ValueError(f"annotations {path}: nc: want the {len(pairs)} of names, got {tree['nc']}")
+    check_once([str(name) for name in pairs.values()], "class name", path)
+    return {key: str(name) for key, name in pairs.items()}
+
+
+def _images(tree: dict[str, Any], path: Path, split: str | None) -> list[Path]:
+    """The images of a split in the order of its lists, folders by name; each once."""
+    there = [name for name in SPLITS if tree.get(name)]
+    if not there or (split is not None and split not in there):
+        want = split or " or ".join(SPLITS)
+        raise ValueError(f"annotations {path}: no split {want}; it has {', '.join(there) or 'none'}")
+    found: list[Path] = []
+    for name in there if split is None else [split]:
+        for entry in tree[name] if isinstance(tree[name], list) else [tree[name]]:
+            place = _place(str(entry), tree, path)
+            if place.is_dir():
+                found += [place / image for image in list_images(place)]
+            else:
+                lines = [line.strip() for line in place.read_text().splitlines() if line.strip()]
+                found += [_beside(place, line, tree, path) for line in lines if line.lower().endswith(SUFFIXES)]
+    if not found:
+        raise ValueError(f"annotations {path}: no images in {', '.join(there)}")
+    return list(dict.fromkeys(image.resolve() if ".." in image.parts else image.absolute() for image in found))
+
+
+def _place(entry: str, tree: dict[str, Any], path: Path) -> Path:
+    bases = [path.parent / str(tree.get("path") or ""), path.parent]
+    # Exports of annotation tools write ../train/images for the folder train/images beside the yaml.
+    candidates = [base / text for base in bases for text in (entry, entry.removeprefix("../"))]
+    for candidate in candidates:
+        if candidate.exists():
+            return candidate
+    raise FileNotFoundError(f"annotations {path}: {entry} is neither in {bases[0]} nor in {bases[1]}")
+
+
+def _beside(listing: Path, line: str, tree: dict[str, Any], path: Path) -> Path:
+    """An image of a list: relative to the list or to the data set; a missing file is the data set's affair."""
+    candidates = [listing.parent / line, path.parent / str(tree.get("path") or "") / line]
+    return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
+
+
+def _label_file(image: Path) -> Path:
+    """``.../labels/....txt`` for ``.../images/....jpg``, the last folder of that name; else beside the image."""
+    parts = list(image.parts)
+    for place in range(len(parts) - 2, -1, -1):
+        if parts[place] == "images":
+            parts[place] = "labels"
+            break
+    return Path(*parts).with_suffix(".txt")
+
+
+def _objects(texts: Sequence[str], sizes: Sequence[tuple[int, int]]) -> Iterator[LabelledObject]:
+    for image, text in enumerate(texts):
+        for number, line in enumerate(text.splitlines(), start=1):
+            if line.strip():
+                yield _object(line.split(), f"line {number} of the labels", image, sizes[image])
+
+
+def _object(words: Sequence[str], name: str, image: int, size: tuple[int, int]) -> LabelledObject:
+    height, width = size
+    try:
+        category, *values = (float(word) for word in words)
+        category = int(category) if category == category // 1 else -1
+    except (ValueError, OverflowError):
+        return LabelledObject(name, image, _whole(words[0]), " ".join(words))
+    if len(values) == 4:
+        x, y, w, h = values
+        box: Any = ((x - w / 2) * width, (y - h / 2) * height, w * width, h * height)
+        return LabelledObject(name, image, category, box)
+    xs, ys = [x * width for x in values[0::2]], [y * height for y in values[1::2]]
+    if len(values) < 6 or len(values) % 2:
+        return LabelledObject(name, image, category, " ".join(words))
+    polygon = [value for point in zip(xs, ys, strict=True) for value in point]
+    box = (min(xs), min(ys), max(xs) - min(xs), max(ys) - min(ys))
+    return LabelledObject(name, image, category, box, segmentation=[polygon])
+
+
+def _whole(word: str) -> int:
+    return int(word) if word.isdecimal() else -1

@@ -1,0 +1,64 @@
+"""Fine-tuning and evaluation as a user runs them, from one data set in each format: same weights, same metrics."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+
+from aligndet import cli
+from tests.data import same
+
+
+def run(path: Path, folder: Path, **data: Any) -> Path:
+    tree = {
+        "task": "finetune",
+        "run": str(folder),
+        "device": "cpu",
+        "model": {"backbone": "resnet18", "width": 0.25, "channels": 32, "convolutions": 1, "levels": 3},
+        "data": {"train": str(path), "val": str(path), "workers": 0, "short_side": 64, "long_side": 128}
+        | {"eval_short_side": 64, "voc_metrics": "11-point"}
+        | data,
+        "optim": {"name": "sgd", "lr": 0.01, "batch": 2, "steps": 3, "warmup": 0},
+    }
+    config = folder.with_suffix(".yaml")
+    config.write_text(yaml.safe_dump(tree))
+    assert cli.train(["--cfg", str(config)]) == 0
+    return config
+
+
+def test_all_formats_train_the_same_detector(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights, metrics = [], []
+    for kind, write in same.WRITERS.items():
+        folder = tmp_path / f"run-{kind}"
+        config = run(write(tmp_path / kind), folder)
+        content = torch.load(folder / "model.pt", weights_only=True)
+        assert list(content["classes"]) == list(same.CLASSES)
+        weights.append(content["detector"])
+        metrics.append(json.loads((folder / "metrics.json").read_text()))
+        capsys.readouterr()
+        assert cli.evaluate_weights(["--cfg", str(config), "--weights", str(folder / "model.pt")]) == 0
+        assert "VOC: AP " in capsys.readouterr().out
+        assert json.loads((folder / "eval/metrics.json").read_text()) == metrics[-1]
+    assert set(metrics[0]["voc"]) == {"AP", "AP50", "AP75", "classes"}
+    for other in range(1, 3):
+        assert weights[0].keys() == weights[other].keys()
+        assert all(torch.equal(weights[0][name], weights[other][name]) for name in weights[0])
+        assert metrics[0] == metrics[other]
+
+
+def test_faulty_labels_are_counted_or_stop_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = same.write_voc(tmp_path / "voc")
+    objects = same.xml_object("cat", 9, 9, 5, 5) + same.xml_object("dog", 5, 5, 19, 19)
+    (tmp_path / "voc/Annotations/c.xml").write_text(same.xml("c.png", objects))
+    run(path, tmp_path / "run")
+    told = capsys.readouterr()
+    assert "1 annotations left out, a side is below 1 px; the first: object 1 (cat) of c.png" in told.out + told.err
+    with pytest.raises(SystemExit) as stopped:
+        run(path, tmp_path / "strict", on_error="fail")
+    assert stopped.value.code == 2
+    assert "object 1 (cat) of c.png" in capsys.readouterr().err

@@ -67,13 +67,16 @@ class Way:
 LARGER = ("data.short_side=[224, 256]", "data.long_side=384")
 PERSONS = ("data.eval_short_side=256", "data.classes=[person]")
 SETS = {
-    "bccd": Set((Setting(20, 100), Setting(10, 100), Setting(20, 300)), propose=("--size", "256")),
+    "bccd": Set((Setting(20, 100), Setting(10, 100), Setting(20, 300)), propose=("--mode", "fast", "--size", "256")),
     "coco_by_person": Set(
-        (Setting(94, 100), Setting(94, 300)), ("--size", "384"), pretrain=LARGER, finetune=LARGER + PERSONS
+        (Setting(94, 100), Setting(94, 300)),
+        ("--mode", "fast", "--size", "384"),
+        pretrain=LARGER,
+        finetune=LARGER + PERSONS,
     ),
     "coco_by_masks": Set(
         (Setting(100, 100), Setting(50, 100), Setting(100, 300)),
-        ("--size", "384"),
+        ("--mode", "fast", "--size", "384"),
         pretrain=LARGER,
         finetune=LARGER + PERSONS,
     ),

@@ -17,6 +17,7 @@ from aligndet.config import Config, load_config
 from aligndet.data import propose
 from aligndet.engine import cluster, distributed, predictions
 from aligndet.engine.finish import evaluate, finish, summary
+from aligndet.engine.guard import Stopped
 from aligndet.engine.loop import fit
 from aligndet.engine.prepare import prepare
 from aligndet.version import __version__
@@ -93,7 +94,7 @@ def one_line_errors() -> Iterator[None]:
     """A caller's mistake becomes one line on stderr and exit code 2; ALIGNDET_TRACEBACK=1 shows where it arose."""
     try:
         yield
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, MemoryError) as error:
         if os.environ.get("ALIGNDET_TRACEBACK"):
             raise
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -102,6 +103,9 @@ def one_line_errors() -> Iterator[None]:
         message = lines[-1].partition(": ")[2] if wrapped else " ".join(lines)
         print(f"aligndet: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Stopped as stopped:
+        print(f"aligndet: {stopped}", file=sys.stderr)
+        raise SystemExit(128 + stopped.signal) from None
     except KeyboardInterrupt:
         print("aligndet: interrupted; the same command continues", file=sys.stderr)
         raise SystemExit(130) from None

@@ -147,7 +147,8 @@ class Bench:
             varied = (f"seed={fold}", f"data.fold={fold}", f"optim.lr={rate}", f"optim.weight_decay={decay}")
             length = (f"optim.steps={setting.steps}", f"eval_every={setting.steps // PARTS}", "data.workers=0")
             command(run, *cfg, *data, *varied, *length, "threads=1", PRECISION, *self.set.finetune, *WAYS[way].finetune)
-            (run / "checkpoint.pt").unlink()
+            for leftover in run.glob("checkpoint*"):
+                leftover.unlink()
             (run / "model.pt").unlink()
         final = json.loads((run / "metrics.json").read_text())
         curve = [100 * record["metrics"]["AP"] for record in read_log(run / "log.jsonl") if "metrics" in record]

@@ -15,7 +15,7 @@ import torch
 from aligndet import convert, demo
 from aligndet.config import Config, load_config
 from aligndet.data import propose
-from aligndet.engine import cluster, distributed, predictions
+from aligndet.engine import cluster, distributed, predictions, replay
 from aligndet.engine.finish import evaluate, finish, summary
 from aligndet.engine.guard import Stopped
 from aligndet.engine.loop import fit
@@ -28,6 +28,7 @@ TOOLS = {
     "propose": (propose, "Find boxes of likely objects in images."),
     "cluster": (cluster, "Pseudo-classes for the boxes of a proposal file."),
     "predict": (predictions, "Detect objects in images."),
+    "replay": (replay, "Repeat a training step that was not finite."),
     "convert": (convert, "Weights from and to other libraries."),
     "demo": (demo, "The whole method on generated scenes."),
 }

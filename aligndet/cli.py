@@ -15,8 +15,9 @@ import torch
 from aligndet import convert, demo
 from aligndet.config import Config, load_config
 from aligndet.data import check, propose, split
-from aligndet.engine import cluster, distributed, predictions
+from aligndet.engine import cluster, distributed, predictions, replay
 from aligndet.engine.finish import evaluate, finish, summary
+from aligndet.engine.guard import Stopped
 from aligndet.engine.loop import fit
 from aligndet.engine.prepare import prepare
 from aligndet.version import __version__
@@ -29,6 +30,7 @@ TOOLS = {
     "propose": (propose, "Find boxes of likely objects in images."),
     "cluster": (cluster, "Pseudo-classes for the boxes of a proposal file."),
     "predict": (predictions, "Detect objects in images."),
+    "replay": (replay, "Repeat a training step that was not finite."),
     "convert": (convert, "Weights from and to other libraries."),
     "demo": (demo, "The whole method on generated scenes."),
 }
@@ -95,7 +97,7 @@ def one_line_errors() -> Iterator[None]:
     """A caller's mistake becomes one line on stderr and exit code 2; ALIGNDET_TRACEBACK=1 shows where it arose."""
     try:
         yield
-    except (ValueError, FileNotFoundError, FloatingPointError) as error:
+    except (ValueError, FileNotFoundError, FloatingPointError, MemoryError) as error:
         if os.environ.get("ALIGNDET_TRACEBACK"):
             raise
         lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
@@ -104,6 +106,9 @@ def one_line_errors() -> Iterator[None]:
         message = lines[-1].partition(": ")[2] if wrapped else " ".join(lines)
         print(f"aligndet: {message}", file=sys.stderr)
         raise SystemExit(2) from None
+    except Stopped as stopped:
+        print(f"aligndet: {stopped}", file=sys.stderr)
+        raise SystemExit(128 + stopped.signal) from None
     except KeyboardInterrupt:
         print("aligndet: interrupted; the same command continues", file=sys.stderr)
         raise SystemExit(130) from None

@@ -152,6 +152,10 @@ class Config:
     threads: int | None = knob(None, above=0)  # CPU threads per rank; None: torch's default
     log_every: int = knob(10, above=0)  # steps
     save_every: int = knob(500, above=0)  # steps
+    keep_checkpoints: int = knob(2, above=0)  # the last ones, besides the best where eval_every is set
+    nonfinite: str = knob(
+        "stop", choices=("stop", "skip")
+    )  # a loss or gradient: end with a dump, or leave the step out
     eval_every: int | None = knob(
         None, above=0, tasks=(FINETUNE,)
     )  # steps; None: only at the end, where data.val is set

@@ -149,8 +149,8 @@ class Bench:
         length = (f"optim.steps={setting.steps}", *watched, "data.workers=0", "threads=1", PRECISION)
         own = (*self.set.finetune, *WAYS[way].finetune)
         cell(run, run / "metrics.json", *cfg, *data, *varied, *length, *own)
-        for path in run.rglob("*.pt"):  # only the metrics are wanted
-            path.unlink()
+        for path in (*run.glob("checkpoint*"), *run.glob("*.pt")):  # only the metrics are wanted
+            path.unlink(missing_ok=True)
         final = json.loads((run / "metrics.json").read_text())
         curve = [100 * record["metrics"]["AP"] for record in read_log(run / "log.jsonl") if "metrics" in record]
         found = {name: 100 * final[name] for name in METRICS} | {"curve": [*curve, 100 * final["AP"]]}

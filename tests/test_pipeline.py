@@ -99,7 +99,7 @@ def test_from_images_to_metrics(scenes: Path, tmp_path: Path) -> None:
     assert 0 <= metrics["AP"] <= metrics["AP50"] <= 1
     resolved = yaml.safe_load((tmp_path / "fine/config.yaml").read_text())
     assert resolved["optim"]["schedule"] == "step"
-    assert torch.load(tmp_path / "fine/checkpoint.pt", weights_only=True)["config"] == resolved
+    assert torch.load(tmp_path / "fine/checkpoint-00000004.pt", weights_only=True)["config"] == resolved
     model = str(tmp_path / "fine/model.pt")
     assert cli.evaluate_weights(["--cfg", str(config), "--weights", model, "--per-class"]) == 0
     again = json.loads((tmp_path / "fine/eval/metrics.json").read_text())
@@ -267,4 +267,4 @@ def test_a_loss_that_explodes_stops_the_run(
     )
     message = failure(capsys, lambda: train(pretrain_config(scenes, tmp_path / "run")))
     assert "step 1: loss is not finite" in message
-    assert not (tmp_path / "run/checkpoint.pt").exists()
+    assert not list((tmp_path / "run").glob("checkpoint*"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -90,6 +91,9 @@ def loader(
 
 
 def _one_thread(worker: int) -> None:
+    # The training process decides when to end, after the running step; a worker that dies before would break it off.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
     cv2.ocl.setUseOpenCL(False)

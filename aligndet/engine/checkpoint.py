@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import platform
 import random
@@ -27,21 +28,33 @@ def save(path: str | Path, state: dict[str, Any]) -> None:
     """
     path = Path(path)
     _check_plain(state, "state")
+    try:
+        replace(path, state)
+    except (OSError, RuntimeError) as error:
+        # torch's zip writer reports a full disk as RuntimeError.
+        raise ValueError(f"checkpoint {path}: cannot be written, an older one stays as it was: {error}") from None
+
+
+def replace(path: Path, content: dict[str, Any] | bytes) -> None:
+    """Write bytes, or a state as torch does, beside ``path``; then, once on the disk, in its place."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save(state, file)
+            if isinstance(content, bytes):
+                file.write(content)
+            else:
+                torch.save(content, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
         folder = os.open(path.parent, os.O_RDONLY)
-        os.fsync(folder)
-        os.close(folder)
-    except (OSError, RuntimeError) as error:
-        # torch's zip writer reports a full disk as RuntimeError.
-        raise ValueError(f"checkpoint {path}: cannot be written, an older one stays as it was: {error}") from None
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # a second failure must not hide the first
+            temporary.unlink(missing_ok=True)
 
 
 def load(path: str | Path) -> dict[str, Any]:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
@@ -18,11 +19,13 @@ class World:
         rank: 0 .. size-1.
         size: number of processes.
         device: where this process computes.
+        host: the group that agrees without waiting for devices; None is the group of all.
     """
 
     rank: int
     size: int
     device: torch.device
+    host: dist.ProcessGroup | None = None
 
 
 def single(device: str = "cpu") -> World:
@@ -52,7 +55,8 @@ def start(device: str = "auto") -> World:
     if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
         return World(0, 1, target)
     dist.init_process_group("nccl" if on_gpu else "gloo", device_id=target if on_gpu else None)
-    return World(dist.get_rank(), dist.get_world_size(), target)
+    host = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if on_gpu else None
+    return World(dist.get_rank(), dist.get_world_size(), target, host)
 
 
 def stop(world: World) -> None:
@@ -74,6 +78,26 @@ def agree(flag: bool, world: World) -> bool:
     value = torch.tensor(float(flag), device=world.device)
     dist.all_reduce(value, dist.ReduceOp.MAX)
     return bool(value.item())
+
+
+def highest(numbers: Sequence[int], world: World) -> list[int]:
+    """Of each number the highest of all ranks; between processors, so that no rank waits for its device."""
+    if world.size == 1:
+        return list(numbers)
+    values = torch.tensor(numbers)
+    dist.all_reduce(values, dist.ReduceOp.MAX, group=world.host)
+    return [int(value) for value in values.tolist()]
+
+
+def together(error: str | None, world: World) -> None:
+    """Go on if no rank has an error; otherwise all ranks raise the first one.
+
+    Raises:
+        ValueError: some rank has an error.
+    """
+    found = [message for message in gather_objects(error, world) if message is not None]
+    if found:
+        raise ValueError(found[0])
 
 
 def gather_objects(value: Any, world: World) -> list[Any]:

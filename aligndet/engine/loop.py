@@ -7,16 +7,17 @@ import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
-from aligndet.engine import checkpoint, distributed
+from aligndet.engine import checkpoint, distributed, guard, runfolder
 from aligndet.engine.distributed import World
 from aligndet.engine.ema import EMA
+from aligndet.engine.guard import Step
 from aligndet.engine.log import Log
 from aligndet.structures import Batch
 
@@ -45,6 +46,13 @@ class Training:
         loader: one tuple of batches per forward pass, from step ``start`` on.
         start: first step to run; more than 0 after a resume.
         skipped: images that could not be read so far, on all ranks.
+        name_of: image id of a batch -> its file name.
+        keep: how many of the last checkpoints stay.
+        nonfinite: what a loss or gradient that is not finite does: "stop" or "skip".
+        bad_steps: steps left out for that so far.
+        watched: whether losses are looked at in each step, before the update. Always where that makes no device wait:
+            on a processor, and with fp16, whose scaler waits anyway; and to skip a step.
+        best: the highest AP of a validation on the way, or None.
     """
 
     model: nn.Module
@@ -67,108 +75,188 @@ class Training:
     loader: Iterable[tuple[Batch, ...]] = ()
     start: int = 0
     skipped: int = 0
+    name_of: Callable[[int], str] = str
+    keep: int = 2
+    nonfinite: str = "stop"
+    bad_steps: int = 0
+    best: float | None = None
+    watched: bool = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.amp == "fp16")
+        self.watched = self.world.device.type == "cpu" or self.amp == "fp16" or self.nonfinite == "skip"
 
 
 def fit(training: Training) -> None:
     """Train from ``training.start`` to ``training.steps``; repeating the command continues from the last checkpoint.
 
     Raises:
-        FloatingPointError: a loss is not finite, on any rank; all ranks raise. Checked whenever losses are read
-            (every ``log_every`` steps and before a checkpoint), so that the step itself never waits for the device.
+        FloatingPointError: a loss or gradient is not finite, on any rank; all ranks raise. Checked before the update
+            where ``watched``, else whenever losses are read (every ``log_every`` steps and before a checkpoint), so
+            that the step itself never waits for the device. ``dump-*.pt`` in the run folder repeats the step.
+        Stopped: SIGTERM or SIGINT came to any rank; the checkpoint of the step that ran is written.
+        MemoryError: names the images that did not fit.
     """
     t, world = training, training.world
     model = _replicated(t.model, world)
     model.train()
     parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
-    stream = iter(t.loader)
     unread: list[str] = []
-    for step in range(t.start, t.steps):
-        began, data_time = time.perf_counter(), 0.0
-        rate = t.learning_rate(step)
-        for group in t.optimizer.param_groups:
-            group["lr"] = rate * group["factor"]
+    recent: list[Step] = []  # the steps since losses were last read
+    bad_in_a_row, first_bad = 0, torch.tensor(guard.NEVER, device=world.device)
+    with guard.stop_signals() as signals:
+        stream = iter(t.loader)
+        for step in range(t.start, t.steps):
+            began, data_time = time.perf_counter(), 0.0
+            recent.append(Step(step, checkpoint.rng_state()))
+            rate = t.learning_rate(step)
+            for group in t.optimizer.param_groups:
+                group["lr"] = rate * group["factor"]
 
-        sums: dict[str, Tensor] = {}
-        for part in range(t.accumulate):
-            waiting = time.perf_counter()
-            batches = next(stream)
-            data_time += time.perf_counter() - waiting
-            unread += batches[0].skipped  # both views of a pair come from one file
-            batches = tuple(batch.to(world.device, non_blocking=True) for batch in batches)
-            with _synchronised(model, part == t.accumulate - 1), _autocast(world, t.amp):
-                losses = model(*batches)
-                total = torch.stack(list(losses.values())).sum() / t.accumulate
-            with _synchronised(model, part == t.accumulate - 1):
-                t.scaler.scale(total).backward()
-            for name, loss in losses.items():
-                sums[name] = sums.get(name, 0) + loss.detach() / t.accumulate
+            sums: dict[str, Tensor] = {}
+            for part in range(t.accumulate):
+                waiting = time.perf_counter()
+                batches = next(stream)
+                data_time += time.perf_counter() - waiting
+                unread += batches[0].skipped  # both views of a pair come from one file
+                recent[-1].add(batches[0], t.name_of)
+                with guard.memory_of(recent[-1]), _synchronised(model, part == t.accumulate - 1):
+                    batches = tuple(batch.to(world.device, non_blocking=True) for batch in batches)
+                    with _autocast(world, t.amp):
+                        losses = model(*batches)
+                        total = torch.stack(list(losses.values())).sum() / t.accumulate
+                    t.scaler.scale(total).backward()
+                for name, loss in losses.items():
+                    sums[name] = sums.get(name, 0) + loss.detach() / t.accumulate
 
-        t.scaler.unscale_(t.optimizer)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, t.clip or float("inf"))
-        t.scaler.step(t.optimizer)
-        t.scaler.update()
-        t.optimizer.zero_grad(set_to_none=True)
-        if t.ema is not None:
-            t.ema.update(t.momentum(step))
+            t.scaler.unscale_(t.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(parameters, t.clip or float("inf"))
+            # An overflow of fp16 shows in the gradient alone; the scaler skips that step itself.
+            guard.mark(first_bad, step, [*sums.values(), *([] if t.scaler.is_enabled() else [norm])])
+            seen = t.watched and first_bad.item() < guard.NEVER
+            bad, signal = distributed.highest([int(seen), max(signals, default=0)], world)
+            bad_in_a_row = bad_in_a_row + 1 if bad else 0
+            if bad and (t.nonfinite == "stop" or bad_in_a_row > guard.MOST_SKIPPED):
+                give_up(t, step, recent, sums)
+            if bad:
+                t.bad_steps += 1
+                t.log.warning(step + 1, f"a loss or gradient is not finite: step left out ({t.bad_steps} so far)")
+                first_bad.fill_(guard.NEVER)
+            else:
+                t.scaler.step(t.optimizer)
+                if t.ema is not None:
+                    t.ema.update(t.momentum(step))
+            t.scaler.update()
+            t.optimizer.zero_grad(set_to_none=True)
 
-        done = step + 1
-        saves = done % t.save_every == 0 or done == t.steps
-        if saves or done % t.log_every == 0 or step == t.start:
-            values = _finite(sums, done, world)
-            _report(t, done, unread)
-            times = {"data_time": data_time, "step_time": time.perf_counter() - began}
-            t.log.progress(done, t.steps, values, {"lr": rate, "gradient_norm": norm.item(), **times})
-        if t.eval_every and t.validate and done % t.eval_every == 0 and done < t.steps:
-            t.log.metrics(done, t.validate())
-        if saves:
-            save(t, done)
+            done = step + 1
+            saves = done % t.save_every == 0 or done == t.steps or signal > 0
+            if saves or done % t.log_every == 0 or step == t.start:
+                values = _read(sums, first_bad, recent, t)
+                _report(t, done, unread)
+                times = {"data_time": data_time, "step_time": time.perf_counter() - began}
+                t.log.progress(done, t.steps, values, {"lr": rate, "gradient_norm": norm.item(), **times})
+            improved = False
+            if t.eval_every and t.validate and done % t.eval_every == 0 and done < t.steps:
+                metrics = t.validate()
+                t.log.metrics(done, metrics)
+                improved = metrics["AP"] > (-1.0 if t.best is None else t.best)
+                t.best = metrics["AP"] if improved else t.best
+            if saves or improved:
+                save(t, done, improved)
+            if signal:
+                raise guard.Stopped(signal)
 
 
-def save(training: Training, step: int) -> None:
-    """Write the checkpoint from which ``resume`` continues after ``step`` steps; all ranks call it."""
-    t = training
+def save(training: Training, step: int, best: bool = False) -> None:
+    """Write the checkpoint from which ``resume`` continues after ``step`` steps; all ranks call it.
+
+    Raises:
+        ValueError: it cannot be written, on all ranks; older ones stay as they were.
+    """
+    t, error = training, None
     states = distributed.gather_objects(checkpoint.rng_state(), t.world)
     if t.world.rank == 0:
-        state = {
-            "kind": "checkpoint",
-            "format": 1,
-            "step": step,
-            "model": t.model.state_dict(),
-            "optimizer": t.optimizer.state_dict(),
-            "scaler": t.scaler.state_dict(),
-            "rng": states,
-            "skipped": t.skipped,
-            "config": t.config,
-            "versions": checkpoint.versions(),
-        }
-        checkpoint.save(t.folder / "checkpoint.pt", state)
-    distributed.barrier(t.world)
+        try:
+            runfolder.write(t.folder, _state(t, step, states), keep=t.keep, best=best)
+        except ValueError as caught:
+            error = str(caught)
+    distributed.together(error, t.world)
 
 
-def resume(training: Training) -> None:
-    """Continue from the run folder's checkpoint, if it has one; sets ``training.start``."""
+def resume(training: Training, path: Path, state: dict[str, Any]) -> None:
+    """Continue from the state in a checkpoint or dump; sets ``training.start``.
+
+    Raises:
+        ValueError: it is of another kind, of a newer version, of another model, or incomplete.
+    """
     t = training
-    path = t.folder / "checkpoint.pt"
-    if not path.exists():
-        return
-    state = checkpoint.load(path)
     if state.get("kind") != "checkpoint":
         raise ValueError(
             f"checkpoint {path}: want a checkpoint of a training run, got {state.get('kind', 'another file')}"
         )
     try:
         t.model.load_state_dict(state["model"])
-    except RuntimeError as error:
-        raise ValueError(f"checkpoint {path}: does not fit this model: {' '.join(str(error).split())[:300]}") from None
-    t.optimizer.load_state_dict(state["optimizer"])
-    t.scaler.load_state_dict(state["scaler"])
-    t.start, t.skipped = state["step"], state["skipped"]
-    if len(state["rng"]) == t.world.size:
-        checkpoint.set_rng_state(state["rng"][t.world.rank])
+        t.optimizer.load_state_dict(state["optimizer"])
+        t.scaler.load_state_dict(state["scaler"])
+        t.start, t.skipped = state["step"], state["skipped"]
+        t.bad_steps, t.best = state.get("bad_steps", 0), state.get("best")  # format 1 has neither
+        if len(state["rng"]) == t.world.size:
+            checkpoint.set_rng_state(state["rng"][t.world.rank])
+        else:
+            t.log.warning(0, f"{path}: written by {len(state['rng'])} ranks, not {t.world.size}: other random numbers")
+    except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else " ".join(str(error).split())[:300]
+        raise ValueError(f"checkpoint {path}: does not fit this model: {reason}") from None
+
+
+def give_up(training: Training, step: int, recent: list[Step], sums: dict[str, Tensor] | None = None) -> NoReturn:
+    """Write ``dump-*.pt`` for ``aligndet replay`` and raise; all ranks call it.
+
+    Where the weights before ``step`` are at hand they are in the dump, else those of the last checkpoint: continuing
+    from there gives the same step again.
+
+    Args:
+        step: the first with a loss or gradient that is not finite.
+        recent: the steps since losses were last read.
+        sums: the losses, where the weights are still those before the step; None where they have moved on.
+    """
+    t, error = training, ""
+    this = next(item for item in recent if item.step == step)
+    states = distributed.gather_objects(this.rng, t.world)
+    images = distributed.gather_objects(this.images, t.world)
+    path = t.folder / f"dump-{step + 1:08d}.pt"
+    if t.world.rank == 0:
+        try:
+            state = runfolder.newest(t.folder)[1] if sums is None else _state(t, step, states)
+            dump = {"kind": "dump", "format": 1, "bad_step": step, "ranks": t.world.size, "images": images}
+            checkpoint.save(path, {**dump, "state": state or None, "config": t.config})
+        except ValueError as caught:
+            error = f" (not written: {caught})"
+    where = "" if sums is None else f", on this rank { ({name: value.item() for name, value in sums.items()}) }"
+    raise FloatingPointError(
+        f"step {step + 1}: loss is not finite or its gradient is not{where}; images {this.described()}; "
+        f"`python -m aligndet replay {path}` repeats it{error}; lower optim.lr, set optim.clip or nonfinite=skip"
+    )
+
+
+def _state(training: Training, step: int, rng: list[Any]) -> dict[str, Any]:
+    t = training
+    return {
+        "kind": "checkpoint",
+        "format": runfolder.FORMAT,
+        "step": step,
+        "model": t.model.state_dict(),
+        "optimizer": t.optimizer.state_dict(),
+        "scaler": t.scaler.state_dict(),
+        "rng": rng,
+        "skipped": t.skipped,
+        "bad_steps": t.bad_steps,
+        "best": t.best,
+        "config": t.config,
+        "versions": checkpoint.versions(),
+    }
 
 
 def _replicated(model: nn.Module, world: World) -> nn.Module:
@@ -191,13 +279,14 @@ def _autocast(world: World, amp: str) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(world.device.type, dtype=PRECISIONS[amp], enabled=amp != "off")
 
 
-def _finite(sums: dict[str, Tensor], step: int, world: World) -> dict[str, float]:
-    values = dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
-    bad = [name for name, value in values.items() if not abs(value) < float("inf")]
-    if distributed.agree(bool(bad), world):
-        where = f"on this rank {values}" if bad else "on another rank"
-        raise FloatingPointError(f"step {step}: loss is not finite ({where}); lower optim.lr or set optim.clip")
-    return values
+def _read(sums: dict[str, Tensor], first_bad: Tensor, recent: list[Step], training: Training) -> dict[str, float]:
+    """The losses as numbers; the run ends here where a step since the last reading was bad."""
+    if not training.watched:
+        first = min(distributed.gather_objects(int(first_bad.item()), training.world))
+        if first < guard.NEVER:
+            give_up(training, first, recent)
+    recent.clear()
+    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
 
 def _report(training: Training, step: int, unread: list[str]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import yaml
 from torch import nn
 
 from aligndet import config as settings
@@ -26,11 +25,12 @@ from aligndet.data.proposals import open_proposals
 from aligndet.data.splits import choose_labelled
 from aligndet.data.stream import StepSampler, loader
 from aligndet.data.views import ViewPairs
-from aligndet.engine import checkpoint
+from aligndet.engine import distributed
 from aligndet.engine.distributed import World
 from aligndet.engine.ema import EMA
 from aligndet.engine.log import Log
 from aligndet.engine.loop import Training, resume
+from aligndet.engine.open_run import Run, open_run
 from aligndet.engine.optim import build_optimizer, parameter_table
 from aligndet.engine.schedules import learning_rate_factor, momentum_at
 from aligndet.engine.validate import detections_on, metrics_of
@@ -51,8 +51,6 @@ OPTIONS = (
     *("neck_norm", "queries", "encoder_layers", "decoder_layers", "feedforward", "dropout", "conventions"),
     "score_threshold",
 )
-# Keys that may change between a run and its continuation: they say where and how often, not what is computed.
-FREE_KEYS = ("run:", "device:", "threads:", "log_every:", "save_every:", "eval_every:", "data.workers:")
 
 
 def prepare(config: Config, world: World) -> Training:
@@ -63,19 +61,32 @@ def prepare(config: Config, world: World) -> Training:
             the run folder with its config.
     """
     torch.manual_seed(config.seed)
-    folder = _open_run(config, world)
-    log = Log(folder, world)
+    run = open_run(config, world)
+    log = Log(run.folder, world)
+    for line in run.warnings:
+        log.warning(0, line)
     build = {settings.PRETRAIN: _pretraining, settings.FINETUNE: _fine_tuning, settings.IMAGE_DOMAIN: _image_domain}
     stage = build[config.task](config, log, world)
     stage.model.to(device=world.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     log.note(parameter_table(stage.model))
-    training = _training(config, world, log, folder, stage)
+    training = _training(config, world, log, run, stage)
     # Each rank samples its own candidates; the weights above were drawn alike.
     torch.manual_seed(config.seed + world.rank)
-    resume(training)
-    log.truncate(training.start)
-    if training.start:
-        log.note(f"{folder}: continues at step {training.start} of {training.steps}")
+    if run.path is not None:
+        resume(training, run.path, run.state)
+        log.truncate(training.start)
+        changed = f"; changed since: {', '.join(run.changed)}" if run.changed else ""
+        log.note(f"{run.folder}: continues at step {training.start} of {training.steps}{changed}")
+    else:
+        log.truncate(0)
+    _same_step(training)
+    training.loader = batches(config, training, stage)
+    return training
+
+
+def batches(config: Config, training: Training, stage: Stage) -> Iterable[tuple[Batch, ...]]:
+    """The batches of this rank from step ``training.start`` on."""
+    world = training.world
     sampler = StepSampler(
         len(stage.dataset),
         batch=config.optim.batch,
@@ -86,8 +97,13 @@ def prepare(config: Config, world: World) -> Training:
         start_step=training.start,
         steps=training.steps,
     )
-    training.loader = loader(stage.dataset, sampler, stage.join, config.data.workers, world.device.type == "cuda")
-    return training
+    return loader(stage.dataset, sampler, stage.join, config.data.workers, world.device.type == "cuda")
+
+
+def _same_step(training: Training) -> None:
+    starts = distributed.gather_objects(training.start, training.world)
+    if len(set(starts)) > 1:
+        raise ValueError(f"run {training.folder}: the ranks see checkpoints of steps {starts}; want one shared folder")
 
 
 def detector_arguments(model: ModelConfig, num_classes: int) -> dict[str, Any]:
@@ -132,6 +148,7 @@ class Stage:
     join: Callable[[Sequence[Any]], tuple[Batch, ...]]
     model: nn.Module
     backbone: nn.Module
+    name_of: Callable[[int], str]
     ema: EMA | None = None
     validate: Callable[[], dict[str, Any]] | None = None
 
@@ -170,9 +187,10 @@ def _pretraining(config: Config, log: Log, world: World) -> Stage:
     if method.name == "soco":
         competitor = SoCo(detector, embedding=method.embedding)
         ema = EMA(competitor.averaged, competitor.momentum)
-        return Stage(dataset, collate_views, competitor, detector.backbone, ema)
+        return Stage(dataset, collate_views, competitor, detector.backbone, proposals.names.__getitem__, ema)
     model = _aligndet(config, detector, mistakes)
-    return Stage(dataset, collate_views, model, detector.backbone, _momentum_branch(model))
+    name_of = proposals.names.__getitem__
+    return Stage(dataset, collate_views, model, detector.backbone, name_of, _momentum_branch(model))
 
 
 def _aligndet(config: Config, detector: Detector, mistakes: tuple[str, ...]) -> AlignDet:
@@ -240,7 +258,8 @@ def _fine_tuning(config: Config, log: Log, world: World) -> Stage:
         detections = detections_on(config, detector, annotations.class_names, world)
         return metrics_of(config, detector, annotations.class_names, detections)
 
-    return Stage(dataset, _single, FineTune(detector), detector.backbone, validate=validate)
+    names = dict(zip(annotations.image_ids.tolist(), annotations.file_names, strict=True))
+    return Stage(dataset, _single, FineTune(detector), detector.backbone, names.__getitem__, validate=validate)
 
 
 def _image_domain(config: Config, log: Log, world: World) -> Stage:
@@ -260,10 +279,10 @@ def _image_domain(config: Config, log: Log, world: World) -> Stage:
     if config.model.backbone_weights is not None:
         log.note(str(load_backbone(nn.ModuleDict({"backbone": backbone}), config.model.backbone_weights)))
     model = SimSiam(backbone, projection=config.method.projection, bottleneck=config.method.bottleneck)
-    return Stage(dataset, collate_views, model, backbone)
+    return Stage(dataset, collate_views, model, backbone, dataset.names.__getitem__)
 
 
-def _training(config: Config, world: World, log: Log, folder: Path, stage: Stage) -> Training:
+def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) -> Training:
     optim = config.optim
     per_epoch = math.ceil(len(stage.dataset) / optim.batch)
     unit = 1 if optim.steps else per_epoch
@@ -298,7 +317,7 @@ def _training(config: Config, world: World, log: Log, folder: Path, stage: Stage
             momentum_at, steps=steps, start=config.method.momentum, schedule=config.method.momentum_schedule
         ),
         log=log,
-        folder=folder,
+        folder=run.folder,
         world=world,
         config=settings.to_dict(config),
         accumulate=optim.accumulate,
@@ -308,6 +327,9 @@ def _training(config: Config, world: World, log: Log, folder: Path, stage: Stage
         validate=stage.validate,
         eval_every=config.eval_every,
         save_every=config.save_every,
+        keep=config.keep_checkpoints,
+        nonfinite=config.nonfinite,
+        name_of=stage.name_of,
     )
 
 
@@ -317,25 +339,3 @@ def _momentum_branch(model: AlignDet) -> EMA | None:
 
 def _single(samples: Sequence[Any]) -> tuple[Batch]:
     return (collate(samples),)
-
-
-def _open_run(config: Config, world: World) -> Path:
-    """Make the run folder, refuse one that holds another run, and write the resolved config there."""
-    folder = Path(config.run)
-    path = folder / "config.yaml"
-    plain = settings.to_dict(config)
-    if (folder / "checkpoint.pt").exists():
-        old = checkpoint.load(folder / "checkpoint.pt").get("config", {})
-        changed = [line for line in settings.differences(old, plain) if not line.startswith(FREE_KEYS)]
-        if changed:
-            raise ValueError(
-                f"run {folder}: holds a run with another config ({'; '.join(changed)}); "
-                "take another run folder, or delete this one to start afresh"
-            )
-    if world.rank == 0:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            path.write_text(yaml.safe_dump(plain, sort_keys=False))
-        except OSError as error:
-            raise ValueError(f"run {folder}: cannot write there: {error}") from None
-    return folder

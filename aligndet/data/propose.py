@@ -42,10 +42,11 @@ class Settings:
         ValueError: a setting out of range.
     """
 
-    mode: str = "fast"
+    mode: str = "soco"
     size: int | None = 640  # px, longest side searched; None: full resolution
-    k: int | None = None  # scale of the first segmentation; None: OpenCV's own
-    sigma: float = 0.8  # px
+    k: int | None = None  # scale of the first segmentation; None: the mode's own
+    sigma: float | None = None  # px; None: the mode's own
+    quirks: bool = False  # of SoCo's code
     min_size: float | None = None  # px; None: 32, less for images under 640 px
     max_aspect: float = 3.0
     max_ratio: float = 0.8
@@ -53,7 +54,7 @@ class Settings:
     limit: int | None = None  # boxes per image; None: all
 
     def __post_init__(self) -> None:
-        check_search(mode=self.mode, size=self.size, k=self.k, sigma=self.sigma)
+        check_search(mode=self.mode, size=self.size, k=self.k, sigma=self.sigma, quirks=self.quirks)
         check_filter(
             min_size=self.min_size,
             max_aspect=self.max_aspect,
@@ -85,7 +86,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds after which an image is given up (default 300)",
     )
     search = parser.add_argument_group("search")
-    search.add_argument("--mode", choices=MODES, default=DEFAULTS.mode, help="about 1 : 6 : 20 in time (default fast)")
+    search.add_argument(
+        "--mode", choices=MODES, default=DEFAULTS.mode, help="about 1 : 1 : 6 : 20 in time (default soco)"
+    )
     search.add_argument(
         "--size",
         type=_size,
@@ -93,8 +96,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PX",
         help="shrink images to this longest side for the search, or none (default 640)",
     )
-    search.add_argument("--k", type=int, help="scale of the first segmentation (default: 200 for single, else 150)")
-    search.add_argument("--sigma", type=float, default=DEFAULTS.sigma, metavar="PX", help="blur (default 0.8)")
+    search.add_argument(
+        "--k", type=int, help="scale of the first segmentation (default: 300, OpenCV's modes 200, 150, 150)"
+    )
+    search.add_argument("--sigma", type=float, metavar="PX", help="blur (default: 0.9 for soco, else 0.8)")
+    search.add_argument("--quirks", action="store_true", help="soco with the mistakes of SoCo's own code")
     kept = parser.add_argument_group("filter")
     kept.add_argument(
         "--min-size", type=float, metavar="PX", help="least width and height (default 32, less for images under 640 px)"
@@ -114,6 +120,7 @@ def run(args: argparse.Namespace) -> int:
         size=args.size,
         k=args.k,
         sigma=args.sigma,
+        quirks=args.quirks,
         min_size=args.min_size,
         max_aspect=args.max_aspect,
         max_ratio=args.max_ratio,
@@ -128,7 +135,14 @@ def run(args: argparse.Namespace) -> int:
 def search_file(root: Path, settings: Settings, name: str) -> Found:
     """Size and filtered boxes of one image file; ValueError where it cannot be read."""
     image = read_image(root / name)
-    boxes = selective_search(image, mode=settings.mode, size=settings.size, k=settings.k, sigma=settings.sigma)
+    boxes = selective_search(
+        image,
+        mode=settings.mode,
+        size=settings.size,
+        k=settings.k,
+        sigma=settings.sigma,
+        quirks=settings.quirks,
+    )
     size = image.shape[0], image.shape[1]
     boxes = filter_proposals(
         boxes,

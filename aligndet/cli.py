@@ -14,7 +14,7 @@ import torch
 
 from aligndet import convert, demo
 from aligndet.config import Config, load_config
-from aligndet.data import propose
+from aligndet.data import propose, shards
 from aligndet.engine import cluster, distributed, predictions
 from aligndet.engine.finish import evaluate, finish, summary
 from aligndet.engine.loop import fit
@@ -25,6 +25,7 @@ from aligndet.weights import load_detector
 # Modules with ``add_arguments(parser)`` and ``run(arguments) -> exit code``.
 TOOLS = {
     "propose": (propose, "Find boxes of likely objects in images."),
+    "merge-proposals": (shards, "Join the proposal files of all shards."),
     "cluster": (cluster, "Pseudo-classes for the boxes of a proposal file."),
     "predict": (predictions, "Detect objects in images."),
     "convert": (convert, "Weights from and to other libraries."),

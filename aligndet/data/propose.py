@@ -26,7 +26,10 @@ from aligndet.data.folder import list_images
 from aligndet.data.journal import Journal, changes
 from aligndet.data.progress import Progress
 from aligndet.data.proposals import library_versions, open_proposals, write_proposals
+from aligndet.data.recall import evaluate_proposals, table
+from aligndet.data.report import write_report
 from aligndet.data.selective_search import MODES, check_filter, check_search, filter_proposals, selective_search
+from aligndet.data.shards import Shard, parse_shard
 from aligndet.data.transforms import read_image
 from aligndet.data.workers import available_cores, run_tasks
 
@@ -76,6 +79,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace FILE; discard unfinished work made with other settings"
+    )
+    parser.add_argument(
+        "--shard", metavar="I/N", help="only part I of N of the images; `aligndet merge-proposals` joins the parts"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="statistics and a contact sheet: FILE.report.json, FILE.report.png"
+    )
+    parser.add_argument(
+        "--evaluate", metavar="COCO.json", help="print recall of its boxes, also of a FILE that is complete already"
+    )
+    parser.add_argument(
+        "--beside", nargs="+", default=[], metavar="FILE", help="proposal files to evaluate in the same table"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument(
@@ -127,8 +142,26 @@ def run(args: argparse.Namespace) -> int:
         nms=args.nms,
         limit=args.limit,
     )
+    if args.beside and args.evaluate is None:
+        raise ValueError("--beside: want --evaluate COCO.json with it")
+    shard = None if args.shard is None else parse_shard(args.shard)
+    truth = None if args.evaluate is None else load_coco(args.evaluate)
+    others = [open_proposals(path) for path in args.beside]
     names, root = _images(args.annotations, args.images)
-    propose(names, root, args.out, settings, workers=args.workers, timeout=args.timeout, overwrite=args.overwrite)
+    propose(
+        names,
+        root,
+        args.out,
+        settings,
+        shard=shard,
+        workers=args.workers,
+        timeout=args.timeout,
+        overwrite=args.overwrite,
+    )
+    if args.report:
+        print("report: {}, {}".format(*write_report(open_proposals(args.out), root)))
+    if truth is not None:
+        print(table([evaluate_proposals(file, truth) for file in (open_proposals(args.out), *others)]))
     return 0
 
 
@@ -162,6 +195,7 @@ def propose(
     out: str | Path,
     settings: Settings = DEFAULTS,
     *,
+    shard: Shard | None = None,
     workers: int | None = None,
     timeout: float = 300.0,
     overwrite: bool = False,
@@ -177,6 +211,7 @@ def propose(
         root: folder of the images.
         out: file to write; its folder is made.
         settings: of search and filter.
+        shard: search only this part of ``images``.
         workers: processes; None: one per core. The file does not depend on it.
         timeout: s per image.
         overwrite: replace ``out``, and discard unfinished work that was made with other settings. Unfinished work with
@@ -188,6 +223,10 @@ def propose(
             written, or another run is writing it.
     """
     root, out, names = Path(root).absolute(), Path(out), list(dict.fromkeys(images))
+    parameters: dict[str, Any] = asdict(settings)
+    if shard is not None:
+        parameters |= shard.parameters(names)
+        names = shard.select(names)
     workers = available_cores() if workers is None else workers
     if not names:
         raise ValueError(f"{root}: no images to search")
@@ -196,7 +235,7 @@ def propose(
     if out.is_dir():
         raise ValueError(f"--out {out}: want a file name, got a folder")
     if out.exists() and not overwrite:
-        _check_complete(out, names, settings)
+        _check_complete(out, names, parameters)
         print(f"{out}: complete already, with the same images and settings; nothing to do")
         return
     journal = _open_journal(out, root, settings, overwrite)
@@ -205,7 +244,7 @@ def propose(
     with contextlib.closing(journal), _stop_on_sigterm(), Progress(log, "propose") as progress:
         progress.log("start", **_start_values(names, journal, settings, workers))
         _search_all(task, [name for name in names if name not in journal], journal, progress, workers, timeout)
-        _finish(out, names, journal, settings, progress)
+        _finish(out, names, journal, parameters, progress)
 
 
 def _size(text: str) -> int | None:
@@ -222,9 +261,9 @@ def _images(annotations: str | None, folder: str | None) -> tuple[Sequence[str],
     return list_images(folder), Path(folder)
 
 
-def _check_complete(out: Path, names: Sequence[str], settings: Settings) -> None:
+def _check_complete(out: Path, names: Sequence[str], parameters: dict[str, Any]) -> None:
     complete = open_proposals(out)
-    changed = changes(complete.parameters, asdict(settings))
+    changed = changes(complete.parameters, parameters)
     if changed:
         raise ValueError(f"{out}: exists, made with other settings ({changed}); take another --out or add --overwrite")
     before = {*complete.names, *complete.failures}
@@ -281,7 +320,7 @@ def _search_all(
             progress.advance()
 
 
-def _finish(out: Path, names: Sequence[str], journal: Journal, settings: Settings, progress: Progress) -> None:
+def _finish(out: Path, names: Sequence[str], journal: Journal, parameters: dict[str, Any], progress: Progress) -> None:
     found = [name for name in names if name in journal.found]
     failures = {name: journal.failures[name] for name in names if name in journal.failures}
     if not found:
@@ -289,7 +328,7 @@ def _finish(out: Path, names: Sequence[str], journal: Journal, settings: Setting
         name, reason = next(iter(failures.items()))
         raise ValueError(f"none of the {len(names)} images could be searched; {name}: {reason}")
     sizes = [journal.found[name][:2] for name in found]
-    write_proposals(out, found, sizes, journal.boxes(found), asdict(settings), failures=failures)
+    write_proposals(out, found, sizes, journal.boxes(found), parameters, failures=failures)
     journal.remove()
     counts = [journal.found[name][2] for name in found]
     summary = {

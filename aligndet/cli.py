@@ -14,7 +14,7 @@ import torch
 
 from aligndet import convert, demo
 from aligndet.config import Config, load_config
-from aligndet.data import check, propose, split
+from aligndet.data import check, propose, shards, split
 from aligndet.engine import cluster, distributed, predictions, replay
 from aligndet.engine.finish import evaluate, finish, summary
 from aligndet.engine.guard import Stopped
@@ -28,6 +28,7 @@ TOOLS = {
     "check": (check, "Report on a data set before training: exit code 0 where it is usable, 1 where it is not."),
     "split": (split, "Write the low-data folds of a labelled data set."),
     "propose": (propose, "Find boxes of likely objects in images."),
+    "merge-proposals": (shards, "Join the proposal files of all shards."),
     "cluster": (cluster, "Pseudo-classes for the boxes of a proposal file."),
     "predict": (predictions, "Detect objects in images."),
     "replay": (replay, "Repeat a training step that was not finite."),

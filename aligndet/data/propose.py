@@ -21,12 +21,15 @@ from typing import Any
 
 import numpy as np
 
-from aligndet.data.coco import find_images, load_coco
 from aligndet.data.folder import list_images
+from aligndet.data.formats import images_of, load_annotations
 from aligndet.data.journal import Journal, changes
 from aligndet.data.progress import Progress
 from aligndet.data.proposals import library_versions, open_proposals, write_proposals
+from aligndet.data.recall import evaluate_proposals, table
+from aligndet.data.report import write_report
 from aligndet.data.selective_search import MODES, check_filter, check_search, filter_proposals, selective_search
+from aligndet.data.shards import Shard, parse_shard
 from aligndet.data.transforms import read_image
 from aligndet.data.workers import available_cores, run_tasks
 
@@ -42,10 +45,11 @@ class Settings:
         ValueError: a setting out of range.
     """
 
-    mode: str = "fast"
+    mode: str = "soco"
     size: int | None = 640  # px, longest side searched; None: full resolution
-    k: int | None = None  # scale of the first segmentation; None: OpenCV's own
-    sigma: float = 0.8  # px
+    k: int | None = None  # scale of the first segmentation; None: the mode's own
+    sigma: float | None = None  # px; None: the mode's own
+    quirks: bool = False  # of SoCo's code
     min_size: float | None = None  # px; None: 32, less for images under 640 px
     max_aspect: float = 3.0
     max_ratio: float = 0.8
@@ -53,7 +57,7 @@ class Settings:
     limit: int | None = None  # boxes per image; None: all
 
     def __post_init__(self) -> None:
-        check_search(mode=self.mode, size=self.size, k=self.k, sigma=self.sigma)
+        check_search(mode=self.mode, size=self.size, k=self.k, sigma=self.sigma, quirks=self.quirks)
         check_filter(
             min_size=self.min_size,
             max_aspect=self.max_aspect,
@@ -69,12 +73,24 @@ DEFAULTS = Settings()
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``aligndet propose``."""
     parser.add_argument("--images", metavar="DIR", help="folder of images, searched with its subfolders")
-    parser.add_argument("--annotations", metavar="COCO.json", help="only the images that this file lists")
+    parser.add_argument("--annotations", metavar="LABELS", help="only the images that they list, in any format")
     parser.add_argument(
         "--out", required=True, metavar="FILE", help="proposal file to write, for example proposals.npz"
     )
     parser.add_argument(
         "--overwrite", action="store_true", help="replace FILE; discard unfinished work made with other settings"
+    )
+    parser.add_argument(
+        "--shard", metavar="I/N", help="only part I of N of the images; `aligndet merge-proposals` joins the parts"
+    )
+    parser.add_argument(
+        "--report", action="store_true", help="statistics and a contact sheet: FILE.report.json, FILE.report.png"
+    )
+    parser.add_argument(
+        "--evaluate", metavar="LABELS", help="print recall of its boxes, also of a FILE that is complete already"
+    )
+    parser.add_argument(
+        "--beside", nargs="+", default=[], metavar="FILE", help="proposal files to evaluate in the same table"
     )
     parser.add_argument("--workers", type=int, metavar="N", help="processes (default: one per core)")
     parser.add_argument(
@@ -85,7 +101,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="seconds after which an image is given up (default 300)",
     )
     search = parser.add_argument_group("search")
-    search.add_argument("--mode", choices=MODES, default=DEFAULTS.mode, help="about 1 : 6 : 20 in time (default fast)")
+    search.add_argument(
+        "--mode", choices=MODES, default=DEFAULTS.mode, help="about 1 : 1 : 6 : 20 in time (default soco)"
+    )
     search.add_argument(
         "--size",
         type=_size,
@@ -93,8 +111,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="PX",
         help="shrink images to this longest side for the search, or none (default 640)",
     )
-    search.add_argument("--k", type=int, help="scale of the first segmentation (default: 200 for single, else 150)")
-    search.add_argument("--sigma", type=float, default=DEFAULTS.sigma, metavar="PX", help="blur (default 0.8)")
+    search.add_argument(
+        "--k", type=int, help="scale of the first segmentation (default: 300, OpenCV's modes 200, 150, 150)"
+    )
+    search.add_argument("--sigma", type=float, metavar="PX", help="blur (default: 0.9 for soco, else 0.8)")
+    search.add_argument("--quirks", action="store_true", help="soco with the mistakes of SoCo's own code")
     kept = parser.add_argument_group("filter")
     kept.add_argument(
         "--min-size", type=float, metavar="PX", help="least width and height (default 32, less for images under 640 px)"
@@ -114,21 +135,47 @@ def run(args: argparse.Namespace) -> int:
         size=args.size,
         k=args.k,
         sigma=args.sigma,
+        quirks=args.quirks,
         min_size=args.min_size,
         max_aspect=args.max_aspect,
         max_ratio=args.max_ratio,
         nms=args.nms,
         limit=args.limit,
     )
+    if args.beside and args.evaluate is None:
+        raise ValueError("--beside: want --evaluate LABELS with it")
+    shard = None if args.shard is None else parse_shard(args.shard)
+    truth = None if args.evaluate is None else load_annotations(args.evaluate)
+    others = [open_proposals(path) for path in args.beside]
     names, root = _images(args.annotations, args.images)
-    propose(names, root, args.out, settings, workers=args.workers, timeout=args.timeout, overwrite=args.overwrite)
+    propose(
+        names,
+        root,
+        args.out,
+        settings,
+        shard=shard,
+        workers=args.workers,
+        timeout=args.timeout,
+        overwrite=args.overwrite,
+    )
+    if args.report:
+        print("report: {}, {}".format(*write_report(open_proposals(args.out), root)))
+    if truth is not None:
+        print(table([evaluate_proposals(file, truth) for file in (open_proposals(args.out), *others)]))
     return 0
 
 
 def search_file(root: Path, settings: Settings, name: str) -> Found:
     """Size and filtered boxes of one image file; ValueError where it cannot be read."""
     image = read_image(root / name)
-    boxes = selective_search(image, mode=settings.mode, size=settings.size, k=settings.k, sigma=settings.sigma)
+    boxes = selective_search(
+        image,
+        mode=settings.mode,
+        size=settings.size,
+        k=settings.k,
+        sigma=settings.sigma,
+        quirks=settings.quirks,
+    )
     size = image.shape[0], image.shape[1]
     boxes = filter_proposals(
         boxes,
@@ -148,6 +195,7 @@ def propose(
     out: str | Path,
     settings: Settings = DEFAULTS,
     *,
+    shard: Shard | None = None,
     workers: int | None = None,
     timeout: float = 300.0,
     overwrite: bool = False,
@@ -163,6 +211,7 @@ def propose(
         root: folder of the images.
         out: file to write; its folder is made.
         settings: of search and filter.
+        shard: search only this part of ``images``.
         workers: processes; None: one per core. The file does not depend on it.
         timeout: s per image.
         overwrite: replace ``out``, and discard unfinished work that was made with other settings. Unfinished work with
@@ -174,6 +223,10 @@ def propose(
             written, or another run is writing it.
     """
     root, out, names = Path(root).absolute(), Path(out), list(dict.fromkeys(images))
+    parameters: dict[str, Any] = asdict(settings)
+    if shard is not None:
+        parameters |= shard.parameters(names)
+        names = shard.select(names)
     workers = available_cores() if workers is None else workers
     if not names:
         raise ValueError(f"{root}: no images to search")
@@ -182,7 +235,7 @@ def propose(
     if out.is_dir():
         raise ValueError(f"--out {out}: want a file name, got a folder")
     if out.exists() and not overwrite:
-        _check_complete(out, names, settings)
+        _check_complete(out, names, parameters)
         print(f"{out}: complete already, with the same images and settings; nothing to do")
         return
     journal = _open_journal(out, root, settings, overwrite)
@@ -191,7 +244,7 @@ def propose(
     with contextlib.closing(journal), _stop_on_sigterm(), Progress(log, "propose") as progress:
         progress.log("start", **_start_values(names, journal, settings, workers))
         _search_all(task, [name for name in names if name not in journal], journal, progress, workers, timeout)
-        _finish(out, names, journal, settings, progress)
+        _finish(out, names, journal, parameters, progress)
 
 
 def _size(text: str) -> int | None:
@@ -201,16 +254,16 @@ def _size(text: str) -> int | None:
 def _images(annotations: str | None, folder: str | None) -> tuple[Sequence[str], Path]:
     """File names and the folder that they are relative to."""
     if annotations is not None:
-        names = load_coco(annotations).file_names
-        return names, find_images(annotations, folder, names)
+        found = load_annotations(annotations)
+        return found.file_names, images_of(found, folder)
     if folder is None:
-        raise ValueError("want --images DIR, --annotations COCO.json or both, got neither")
+        raise ValueError("want --images DIR, --annotations LABELS or both, got neither")
     return list_images(folder), Path(folder)
 
 
-def _check_complete(out: Path, names: Sequence[str], settings: Settings) -> None:
+def _check_complete(out: Path, names: Sequence[str], parameters: dict[str, Any]) -> None:
     complete = open_proposals(out)
-    changed = changes(complete.parameters, asdict(settings))
+    changed = changes(complete.parameters, parameters)
     if changed:
         raise ValueError(f"{out}: exists, made with other settings ({changed}); take another --out or add --overwrite")
     before = {*complete.names, *complete.failures}
@@ -267,7 +320,7 @@ def _search_all(
             progress.advance()
 
 
-def _finish(out: Path, names: Sequence[str], journal: Journal, settings: Settings, progress: Progress) -> None:
+def _finish(out: Path, names: Sequence[str], journal: Journal, parameters: dict[str, Any], progress: Progress) -> None:
     found = [name for name in names if name in journal.found]
     failures = {name: journal.failures[name] for name in names if name in journal.failures}
     if not found:
@@ -275,7 +328,7 @@ def _finish(out: Path, names: Sequence[str], journal: Journal, settings: Setting
         name, reason = next(iter(failures.items()))
         raise ValueError(f"none of the {len(names)} images could be searched; {name}: {reason}")
     sizes = [journal.found[name][:2] for name in found]
-    write_proposals(out, found, sizes, journal.boxes(found), asdict(settings), failures=failures)
+    write_proposals(out, found, sizes, journal.boxes(found), parameters, failures=failures)
     journal.remove()
     counts = [journal.found[name][2] for name in found]
     summary = {

@@ -1,4 +1,4 @@
-"""Boxes of likely objects in one image: OpenCV's selective search, and the filter of the paper. Needs no torch."""
+"""Boxes of likely objects in one image: selective search, ours or OpenCV's, and the filter of the paper. No torch."""
 
 from __future__ import annotations
 
@@ -7,16 +7,25 @@ import math
 import cv2
 import numpy as np
 
-MODES = ("single", "fast", "quality")
+from aligndet.data.grouping import soco_search
+
+MODES = ("soco", "single", "fast", "quality")
 LARGEST = 2048  # px, upper bound of the longest side that is searched
 SMALLEST = 4  # px, images with a shorter side hold no region worth a search
 REFERENCE_SIDE, REFERENCE_MIN_SIZE = 640, 32.0  # px; the paper's 32 px were chosen for COCO, longest side 640
-FIRST_K = {"single": 200, "fast": 150, "quality": 150}  # OpenCV's defaults
+FIRST_K = {"soco": 300, "single": 200, "fast": 150, "quality": 150}  # SoCo's, and OpenCV's defaults
+SIGMA = {"soco": 0.9, "single": 0.8, "fast": 0.8, "quality": 0.8}  # px
 K_STEP = 150  # between the graph segmentations of "fast" (3) and "quality" (5); OpenCV's default
 
 
 def selective_search(
-    image: np.ndarray, *, mode: str = "fast", size: int | None = None, k: int | None = None, sigma: float = 0.8
+    image: np.ndarray,
+    *,
+    mode: str = "soco",
+    size: int | None = None,
+    k: int | None = None,
+    sigma: float | None = None,
+    quirks: bool = False,
 ) -> np.ndarray:
     """Boxes around the regions that a hierarchical grouping of the image's segments passes through, unfiltered.
 
@@ -25,15 +34,16 @@ def selective_search(
 
     Args:
         image: uint8 [H, W, 3] RGB.
-        mode: "single" (1 grouping), "fast" (12: 2 colour spaces x 3 segmentations x 2 similarities) or "quality" (100);
-            about 1 : 6 : 20 in time. "fast" is the default: about twice as many boxes as "single" pass the filter
-            (benchmarks/proposals.py).
+        mode: "soco" is SoCo's grouping (``soco_search``), which the paper's proposals come from. The others are
+            OpenCV's: "single" (1 grouping), "fast" (12: 2 colour spaces x 3 segmentations x 2 similarities) and
+            "quality" (100). About 1 : 1 : 6 : 20 in time (benchmarks/proposals.py).
         size: px, images with a longer side are shrunk to it before the search (never enlarged); None searches at full
             resolution. In either case never more than 2048 px: the memory of OpenCV's search grows with the square of
             the longest side and of the number of segments.
-        k: scale of the first graph segmentation, larger gives fewer segments; None is OpenCV's 200 for "single", 150
-            for the others, which add 150 for each further one.
-        sigma: px, Gaussian blur before the segmentation.
+        k: scale of the first graph segmentation, larger gives fewer segments; None is 300 for "soco", 200 for
+            "single", 150 for the others, which add 150 for each further one.
+        sigma: px, Gaussian blur before the segmentation; None is 0.9 for "soco", 0.8 for the others.
+        quirks: reproduce what SoCo's own code does differently from its text; only with "soco".
 
     Returns:
         float32 [M, 4] xyxy px of the given image, half-open, inside it, no two equal, x0 < x1 and y0 < y1. A flat image
@@ -45,7 +55,7 @@ def selective_search(
     Source:
         Uijlings et al., Selective Search for Object Recognition (IJCV 2013), as implemented in OpenCV's ximgproc.
     """
-    check_search(mode=mode, size=size, k=k, sigma=sigma)
+    check_search(mode=mode, size=size, k=k, sigma=sigma, quirks=quirks)
     if image.ndim != 3 or image.shape[2] != 3 or image.dtype != np.uint8 or 0 in image.shape:
         raise ValueError(f"image: want uint8 [H, W, 3] with H, W >= 1, got {image.dtype} {list(image.shape)}")
     height, width = image.shape[:2]
@@ -56,11 +66,12 @@ def selective_search(
         return np.array([[0, 0, width, height]], dtype=np.float32)
     if scale < 1:
         image = cv2.resize(image, (shrunk[1], shrunk[0]), interpolation=cv2.INTER_AREA)
-    rects = np.unique(_search(image, mode, FIRST_K[mode] if k is None else k, sigma), axis=0).astype(np.float64)
+    k, sigma = FIRST_K[mode] if k is None else k, SIGMA[mode] if sigma is None else sigma
+    found = soco_search(image, k, sigma, quirks=quirks) if mode == "soco" else _opencv_search(image, mode, k, sigma)
+    found = np.unique(found[(found[:, 2:] > found[:, :2]).all(axis=1)], axis=0)
     # Width and height have factors of their own, since each was rounded.
     factors = np.array([width / shrunk[1], height / shrunk[0]] * 2)
-    boxes = np.concatenate([rects[:, :2], rects[:, :2] + rects[:, 2:]], axis=1) * factors
-    boxes = boxes.clip(0, [width, height, width, height]).astype(np.float32)
+    boxes = (found * factors).clip(0, [width, height, width, height]).astype(np.float32)
     return boxes[largest_first(boxes)]
 
 
@@ -138,13 +149,15 @@ def suppress(boxes: np.ndarray, threshold: float) -> np.ndarray:
     return np.array(kept, dtype=np.int64)
 
 
-def check_search(*, mode: str, size: int | None, k: int | None, sigma: float) -> None:
+def check_search(*, mode: str, size: int | None, k: int | None, sigma: float | None, quirks: bool) -> None:
     """Refuse settings that ``selective_search`` cannot work with: ValueError naming the setting."""
     if mode not in MODES:
         raise ValueError(f"mode: want one of {', '.join(MODES)}, got {mode!r}")
     _check_number("size", size, least=SMALLEST)
     _check_number("k", k, least=1)
     _check_number("sigma", sigma, least=0)
+    if quirks and mode != "soco":
+        raise ValueError(f"quirks: want mode soco, which alone has them, got {mode!r}")
 
 
 def check_filter(*, min_size: float | None, max_aspect: float, max_ratio: float, nms: float, limit: int | None) -> None:
@@ -162,7 +175,8 @@ def _check_number(name: str, value: float | None, *, least: float, most: float =
         raise ValueError(f"{name}: want a finite number {bound}, got {value!r}")
 
 
-def _search(image: np.ndarray, mode: str, k: int, sigma: float) -> np.ndarray:
+def _opencv_search(image: np.ndarray, mode: str, k: int, sigma: float) -> np.ndarray:
+    """The boxes of OpenCV's search, in its random order: float64 [M, 4] xyxy px."""
     search = cv2.ximgproc.segmentation.createSelectiveSearchSegmentation()
     search.setBaseImage(cv2.cvtColor(np.ascontiguousarray(image), cv2.COLOR_RGB2BGR))
     if mode == "single":
@@ -171,4 +185,5 @@ def _search(image: np.ndarray, mode: str, k: int, sigma: float) -> np.ndarray:
         search.switchToSelectiveSearchFast(k, K_STEP, sigma)
     else:
         search.switchToSelectiveSearchQuality(k, K_STEP, sigma)
-    return np.asarray(search.process())  # int32 [M, 4] x, y, width, height
+    rects = np.asarray(search.process(), dtype=np.float64)  # [M, 4] x, y, width, height
+    return np.concatenate([rects[:, :2], rects[:, :2] + rects[:, 2:]], axis=1)

@@ -307,7 +307,7 @@ def test_complete_file_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixtu
     capsys.readouterr()
     fake(tmp_path, out)
     assert "complete already" in capsys.readouterr().out
-    with pytest.raises(ValueError, match=r"other settings \(mode: 'single' -> 'fast', size: 64 -> 640.*--overwrite"):
+    with pytest.raises(ValueError, match=r"other settings \(mode: 'single' -> 'soco', size: 64 -> 640.*--overwrite"):
         propose(NAMES, tmp_path, out, Settings(min_size=4), search=fake_search)
     with pytest.raises(ValueError, match=r"other images: it has 13, wanted are 12, for example '00.jpg'"):
         propose(NAMES[1:], tmp_path, out, QUICK, search=fake_search)

@@ -66,7 +66,7 @@ def test_same_boxes_every_time_in_the_documented_order() -> None:
     x0, y0, x1, y1 = boxes.T
     keys = list(zip(-(x1 - x0) * (y1 - y0), y0, x0, y1, x1, strict=True))
     assert keys == sorted(keys)
-    assert len(set(keys)) == len(keys) > 10
+    assert len(set(keys)) == len(keys) >= 3
 
 
 def test_boxes_lie_inside_and_have_an_area() -> None:
@@ -83,12 +83,12 @@ def test_channels_are_rgb() -> None:
     search.setBaseImage(cv2.cvtColor(image, cv2.COLOR_RGB2BGR))
     search.switchToSelectiveSearchFast()
     want = {(x, y, x + width, y + height) for x, y, width, height in search.process().tolist()}
-    assert set(map(tuple, selective_search(image).tolist())) == want
-    assert set(map(tuple, selective_search(image[:, :, ::-1]).tolist())) != want
+    assert set(map(tuple, selective_search(image, mode="fast").tolist())) == want
+    assert set(map(tuple, selective_search(image[:, :, ::-1], mode="fast").tolist())) != want
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (1, 7), (3, 2), (1, 503), (20000, 20), (20, 20000)])
-@pytest.mark.parametrize("mode", ["single", "fast"])
+@pytest.mark.parametrize("mode", ["soco", "single", "fast"])
 def test_tiny_and_extreme_images(height: int, width: int, mode: str) -> None:
     image = np.random.default_rng(0).integers(0, 256, (height, width, 3)).astype(np.uint8)
     np.testing.assert_array_equal(selective_search(image, mode=mode), [[0, 0, width, height]])
@@ -103,10 +103,11 @@ def test_flat_image_is_one_box_and_leaves_no_proposal() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"mode": "slow"}, "want one of single, fast, quality, got 'slow'"),
+        ({"mode": "slow"}, "want one of soco, single, fast, quality, got 'slow'"),
         ({"size": 0}, "size"),
         ({"k": 0}, "k: "),
         ({"sigma": float("nan")}, "sigma"),
+        ({"mode": "fast", "quirks": True}, "quirks: want mode soco"),
     ],
 )
 def test_bad_options_are_named(options: dict, message: str) -> None:

@@ -82,7 +82,6 @@ SETS = {
     ),
 }
 RATES = {
-    "fcos": (5e-4, 1e-3, 3e-3, 6e-3),
     "detr": (2e-4, 5e-4, 1e-3),
     "faster_rcnn": (1e-3, 2e-3, 4e-3),
     "mask_rcnn": (1e-3, 2e-3, 4e-3),
@@ -166,7 +165,7 @@ class Bench:
     def tune(self, ways: Sequence[str]) -> dict[str, dict]:
         """For each way the learning rate, then the weight decay, that does best on the fold that is not reported."""
         setting = self.settings[0]
-        rates = RATES.get(self.detector, (1e-3, 3e-3, 6e-3))
+        rates = RATES.get(self.detector, (5e-4, 1e-3, 3e-3, 6e-3))
         self.parallel(self.pretrain, [(way, 0) for way in ways if WAYS[way].pretrain is not None])
         cells = [(way, setting, rate, DECAYS[0], TUNING_FOLD) for way in ways for rate in rates]
         found = dict(zip(cells, self.parallel(self.finetune, cells), strict=True))

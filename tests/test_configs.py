@@ -80,12 +80,12 @@ def test_pseudo_classes_are_asked_for(scenes: Path, tmp_path: Path, capsys: pyte
 @pytest.mark.parametrize(
     "switches",
     [
-        ("method.name=soco",),
+        ("method.name=soco", "method.candidates=null", "method.scope=null", "method.classification=0"),
         ("method.reference_compatible=true", "data.proposals_per_image=3"),
         ("method.symmetric=true", "method.positives=both", "method.reduction=queries", "method.classification=0.5"),
         ("method.freeze_backbone=false", "method.momentum_schedule=constant", "method.background=0.25"),
         ("method.contrast=0", "data.proposal_order=first", "data.proposals_per_image=3"),
-        ("method.localization=0", "method.mistakes=[labels, strides]", "method.scope=batch", "method.candidates=100"),
+        ("method.localization=0", "method.mistakes=[start, fallback]", "method.scope=batch", "method.candidates=100"),
     ],
     ids=lambda switches: switches[0].partition(".")[2],
 )

@@ -8,6 +8,9 @@ from torch import nn
 # Layers whose affine parameters are scale and shift of a normalisation.
 NORMS = (nn.modules.batchnorm._NormBase, nn.GroupNorm, nn.LayerNorm)
 
+# Biases of attention by relative position, which Swin's recipe treats as it does norms.
+SWIN_TABLE = "relative_position_bias_table"
+
 
 def build_optimizer(
     model: nn.Module,
@@ -30,7 +33,7 @@ def build_optimizer(
         name: "sgd" or "adamw".
         momentum: of SGD.
         backbone, backbone_lr: part of the model with a factor of its own.
-        norm_weight_decay: False takes the affine parameters of norms out of the decay.
+        norm_weight_decay: False takes the affine parameters of norms out of the decay, and Swin's position tables.
         bias_lr, bias_weight_decay: factors for the biases of all other layers (method section 1.2).
 
     Raises:
@@ -45,7 +48,7 @@ def build_optimizer(
                 continue
             seen.add(id(parameter))
             factor, decay = backbone_lr if id(parameter) in in_backbone else 1.0, weight_decay
-            if isinstance(module, NORMS):
+            if isinstance(module, NORMS) or parameter_name == SWIN_TABLE:
                 decay = decay if norm_weight_decay else 0.0
             elif parameter_name == "bias":
                 factor, decay = factor * bias_lr, decay * bias_weight_decay

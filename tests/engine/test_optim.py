@@ -8,6 +8,7 @@ from torch import nn
 
 from aligndet.engine.optim import build_optimizer, parameter_table
 from aligndet.finetune import FineTune
+from aligndet.models.backbones import build_backbone
 from aligndet.pretrain import AlignDet
 from tests.scenes import batch_of, boxes_for, small_detector
 
@@ -97,3 +98,12 @@ def test_table_counts_every_parameter_once() -> None:
     assert numbers["online.backbone"][0] == 0
     assert numbers["online.neck"] == numbers["momentum.neck"][::-1]
     assert sum(row[0] + row[1] for part, row in numbers.items() if part != "total") == total
+
+
+def test_position_tables_of_swin_are_spared_with_the_norms() -> None:
+    model = nn.ModuleDict({"backbone": build_backbone("swin_t", width=0.25, frozen_stages=0)})
+    optimizer = build_optimizer(model, name="adamw", lr=1.0, weight_decay=0.5, norm_weight_decay=False)
+    decays = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    tables = [p for name, p in model.named_parameters() if name.endswith("relative_position_bias_table")]
+    assert len(tables) == 12 and {decays[id(p)] for p in tables} == {0.0}, "2 + 2 + 6 + 2 blocks"
+    assert sum(decay == 0.5 for decay in decays.values()) > 40

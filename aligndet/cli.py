@@ -14,7 +14,7 @@ import torch
 
 from aligndet import convert, demo
 from aligndet.config import Config, load_config
-from aligndet.data import check, propose, shards, split
+from aligndet.data import check, convert_proposals, propose, shards, split
 from aligndet.engine import cluster, distributed, predictions, replay
 from aligndet.engine.finish import evaluate, finish, summary
 from aligndet.engine.guard import Stopped
@@ -29,6 +29,7 @@ TOOLS = {
     "split": (split, "Write the low-data folds of a labelled data set."),
     "propose": (propose, "Find boxes of likely objects in images."),
     "merge-proposals": (shards, "Join the proposal files of all shards."),
+    "convert-proposals": (convert_proposals, "Proposals of other programs in, and out for the reference code."),
     "cluster": (cluster, "Pseudo-classes for the boxes of a proposal file."),
     "predict": (predictions, "Detect objects in images."),
     "replay": (replay, "Repeat a training step that was not finite."),

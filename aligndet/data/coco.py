@@ -23,12 +23,17 @@ def load_coco(
         ValueError: not COCO json; a missing or malformed key; an id or file name that occurs twice; a file name that
             leaves the folder; an unknown class name.
     """
+    listing, objects = read_coco(path)
+    return assemble(listing, objects, classes=classes, masks=masks, on_error=on_error)
+
+
+def read_coco(path: str | Path) -> tuple[Listing, Iterator[LabelledObject]]:
+    """The images and categories of a COCO file, and its objects as they stand there; errors of ``load_coco``."""
     tree = _read(Path(path))
     categories = _categories(tree["categories"], path)
     image_ids, names, sizes = _images(tree["images"], path)
     row_of = {image: row for row, image in enumerate(image_ids)}
-    listing = Listing(str(path), image_ids, names, sizes, categories)
-    return assemble(listing, _objects(tree, row_of, path), classes=classes, masks=masks, on_error=on_error)
+    return Listing(str(path), image_ids, names, sizes, categories), _objects(tree, row_of, path)
 
 
 def find_images(annotation_path: str | Path, folder: str | Path | None, file_names: Sequence[str]) -> Path:

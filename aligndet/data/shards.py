@@ -88,13 +88,13 @@ def merge_proposals(shards: Sequence[str | Path], out: str | Path, *, overwrite:
 def check_new(out: Path, overwrite: bool) -> None:
     """Make the folder of ``out``; ValueError where it cannot be made or ``out`` is in the way."""
     if out.is_dir():
-        raise ValueError(f"--out {out}: want a file name, got a folder")
+        raise ValueError(f"{out}: want a file name, got a folder")
     if out.exists() and not overwrite:
-        raise ValueError(f"--out {out}: exists; take another name or add --overwrite")
+        raise ValueError(f"{out}: exists; take another name or add --overwrite")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise ValueError(f"--out {out}: cannot make its folder ({error.strerror})") from None
+        raise ValueError(f"{out}: cannot make its folder ({error.strerror})") from None
 
 
 def _open_shard(path: str | Path) -> ProposalFile:

@@ -1,4 +1,4 @@
-"""Mutated config and label files in numbers: how many are read, how many refused in one line, how many do anything else.
+"""Mutated config and label files in numbers: how many are read, how many refused in one line, how many do otherwise.
 
 The mutations are those of ``tests/fuzz.py``, one process, seeded: half configs, the rest COCO, VOC and YOLO. Ends with
 exit code 1 where a file raised another error, took longer than a second or had an unknown key that was accepted.
@@ -18,7 +18,7 @@ from environment import environment
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from tests.fuzz import Fuzzer  # noqa: E402, the tests are no package that is installed
+from tests.fuzz import Fuzzer  # noqa: E402
 
 
 def main() -> int:

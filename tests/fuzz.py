@@ -19,7 +19,7 @@ from aligndet.config import Config
 from aligndet.data.formats import load_annotations
 from tests.data import same
 
-LIMIT = 1.0  # s of one call
+LIMIT = 1.0  # s of this process, for one call
 LONGEST = 2500  # characters of a message
 DEEP = 3000  # levels
 
@@ -34,7 +34,7 @@ def outcome(read: Callable[[], Any], stranger: bool = False) -> str:
     Args:
         stranger: the file has a key that no reader knows, so it must be refused.
     """
-    started = time.perf_counter()
+    started = time.process_time()
     try:
         read()
         result = "read"
@@ -46,8 +46,8 @@ def outcome(read: Callable[[], Any], stranger: bool = False) -> str:
             ) from error
     except Exception as error:
         raise StrangeOutcomeError(f"{type(error).__name__}: {str(error)[:300]}") from error
-    if time.perf_counter() - started > LIMIT:
-        raise StrangeOutcomeError(f"took {time.perf_counter() - started:.1f} s")
+    if time.process_time() - started > LIMIT:
+        raise StrangeOutcomeError(f"took {time.process_time() - started:.1f} s")
     if stranger and result == "read":
         raise StrangeOutcomeError("an unknown key was taken")
     return result
@@ -344,7 +344,7 @@ class Fuzzer:
             data = yolo_file(self.whole[written], self.rng)
         written.write_bytes(data)
         masks = kind in ("coco", "yolo") and self.rng.random() < 0.5
-        started = time.perf_counter()
+        started = time.process_time()
         try:
             if kind == "config":
                 result = outcome(lambda: load_config(written), stranger)
@@ -353,7 +353,7 @@ class Fuzzer:
             self.tried[kind][result] += 1
         except StrangeOutcomeError as error:
             self.strangers.append(f"{kind}: {error} <- {data[:300]!r}")
-        self.slowest = max(self.slowest, time.perf_counter() - started)
+        self.slowest = max(self.slowest, time.process_time() - started)
         if written in self.whole:
             written.write_text(self.whole[written], encoding="utf-8")
 

@@ -13,6 +13,7 @@ import yaml
 from pycocotools import mask as rle
 
 from aligndet import load_config
+from aligndet.data.check import check
 from aligndet.data.coco import find_images
 from aligndet.data.crops import CropPairs
 from aligndet.data.folder import list_images
@@ -126,6 +127,9 @@ def test_links_out_of_the_image_folder_are_not_read(tmp_path: Path, name: str) -
     sample = data[(0, 0)]
     assert sample.image_id == 2
     assert f"{name}: a link leads out of the image folder, to {outside / 'real.png'}" in sample.skipped[0]
+    report = check(found.path, format="coco", images=root, workers=0)
+    (line,) = report.problems["file cannot be read"]
+    assert "a link leads out of the image folder" in line
     with pytest.raises(ValueError, match="a link leads out of the image folder"):
         list_images(root)
     with pytest.raises(ValueError, match="a link leads out of the image folder"):

@@ -126,7 +126,7 @@ def wrong_size(annotations: Annotations, row: int, size: tuple[int, int]) -> str
     return f"{annotations.path} says {width} x {height} px, the file has {size[1]} x {size[0]}"
 
 
-def image_path(annotations: Annotations, root: Path, row: int) -> Path:
+def _path(annotations: Annotations, root: Path, row: int) -> Path:
     """Where an image is; the file names of a COCO file may not leave ``root`` through links.
 
     VOC and YOLO say themselves where their folders are, which are often links.
@@ -139,7 +139,7 @@ def image_path(annotations: Annotations, root: Path, row: int) -> Path:
 
 
 def _read(annotations: Annotations, root: Path, row: int) -> Tensor:
-    path = image_path(annotations, root, row)
+    path = _path(annotations, root, row)
     image = read_image(path)
     wrong = wrong_size(annotations, row, (image.shape[0], image.shape[1]))
     if wrong:

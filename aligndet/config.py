@@ -14,9 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
-from aligndet.typed import checked
+from aligndet.typed import checked, read_yaml, shown
 
 TASKS = ("pretrain", "finetune", "image_domain")
 PRETRAIN, FINETUNE, IMAGE_DOMAIN = TASKS
@@ -178,9 +176,9 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     if not path.is_file():
         raise FileNotFoundError(f"config {path}: no such file")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"config {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        tree = read_yaml(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"config {path}: {error}") from None
     if tree is None:
         tree = {}
     if not isinstance(tree, dict):
@@ -223,8 +221,8 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not equals or not key:
         raise ValueError(f"override {override!r}: want key=value or key.sub=value")
     try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError:
+        value = read_yaml(text)
+    except ValueError:
         raise ValueError(f"override {override!r}: {text!r} is not a YAML value") from None
     section, dot, name = key.strip().partition(".")
     if not dot:
@@ -238,13 +236,13 @@ def _override(tree: dict[str, Any], override: str) -> None:
 
 def _build(kind: type, tree: Any, prefix: str) -> Any:
     if not isinstance(tree, Mapping):
-        raise ValueError(f"{prefix.rstrip('.') or 'file'}: want keys and values, got {tree!r}")
+        raise ValueError(f"{prefix.rstrip('.') or 'file'}: want keys and values, got {shown(tree)}")
     hints = typing.get_type_hints(kind)
     known = {item.name: item for item in dataclasses.fields(kind)}
     values = {}
     for key, value in tree.items():
         if key not in known:
-            raise ValueError(_unknown(f"{prefix}{key}"))
+            raise ValueError(_unknown(f"{prefix}{key if isinstance(key, str) else shown(key)}"[:200]))
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _build(typing.cast(type, hints[key]), value, f"{key}.")
         else:

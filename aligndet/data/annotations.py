@@ -14,6 +14,7 @@ import numpy as np
 from pycocotools import mask as rle
 
 from aligndet.data.segmentation import run_lengths
+from aligndet.typed import shown
 
 
 class Names(Sequence[str]):
@@ -241,7 +242,7 @@ def _add(kept: _Kept, item: LabelledObject, listing: Listing, label_of: dict[int
 def _describe(item: LabelledObject, listing: Listing) -> str:
     where = f" of {listing.file_names[item.image]}" if item.image >= 0 else ""
     unknown = "" if item.category in listing.categories else f", category {item.category}"
-    return f"{item.name}{where}{unknown}, box {item.box}"
+    return f"{item.name}{where}{unknown}, box {item.box if isinstance(item.box, str) else shown(item.box)}"
 
 
 def _flat(
@@ -285,6 +286,8 @@ def _wanted(listing: Listing, classes: Sequence[str]) -> list[int]:
 def _corners(box: Any, area: Any, size: tuple[int, int]) -> tuple[tuple[float, ...], str]:
     """Clipped corners of an x, y, width, height box, or the reason for which it does not serve."""
     try:
+        if not isinstance(box, (list, tuple)):
+            return (), "bbox is not four numbers"
         x, y, width, height = (float(value) for value in box)
     except (TypeError, ValueError, OverflowError):
         return (), "bbox is not four numbers"

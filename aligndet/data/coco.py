@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from aligndet.data.annotations import Annotations, LabelledObject, Listing, assemble, check_once
+from aligndet.data.folder import check_name
+from aligndet.typed import shown
 
 
 def load_coco(
@@ -64,7 +66,9 @@ def _read(path: Path) -> dict[str, list[Any]]:
         raise FileNotFoundError(f"annotations {path}: no such file")
     try:
         tree = json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except RecursionError:
+        raise ValueError(f"annotations {path}: not JSON that can be read: nested too deep") from None
+    except (OSError, ValueError) as error:  # among them numbers of too many digits
         raise ValueError(f"annotations {path}: not JSON: {error}") from None
     for key in ("images", "annotations", "categories"):
         if not isinstance(tree, dict) or not isinstance(tree.get(key), list):
@@ -83,15 +87,22 @@ def _key(record: Any, key: str, path: str | Path, kind: str, index: int) -> Any:
 def _whole(record: Any, key: str, path: str | Path, kind: str, index: int, *, least: int | None = None) -> int:
     value = _key(record, key, path, kind, index)
     if isinstance(value, bool) or not isinstance(value, int | float) or value != value // 1 or abs(value) >= 2**63:
-        raise ValueError(f"annotations {path}: {kind}[{index}].{key}: want a whole number, got {value!r}")
+        raise ValueError(f"annotations {path}: {kind}[{index}].{key}: want a whole number, got {shown(value)}")
     if least is not None and value < least:
         raise ValueError(f"annotations {path}: {kind}[{index}].{key}: want at least {least}, got {value!r}")
     return int(value)
 
 
+def _text(record: Any, key: str, path: str | Path, kind: str, index: int) -> str:
+    value = _key(record, key, path, kind, index)
+    if not isinstance(value, str | int | float):
+        raise ValueError(f"annotations {path}: {kind}[{index}].{key}: want text, got {shown(value)}")
+    return str(value)
+
+
 def _categories(records: list[Any], path: str | Path) -> dict[int, str]:
     ids = [_whole(record, "id", path, "categories", index) for index, record in enumerate(records)]
-    names = [str(_key(record, "name", path, "categories", index)) for index, record in enumerate(records)]
+    names = [_text(record, "name", path, "categories", index) for index, record in enumerate(records)]
     if not ids:
         raise ValueError(f"annotations {path}: no categories")
     check_once(ids, "category id", path)
@@ -104,10 +115,11 @@ def _images(records: list[Any], path: str | Path) -> tuple[list[int], list[str],
     for index, record in enumerate(records):
         name = _key(record, "file_name", path, "images", index)
         if not isinstance(name, str) or not name:
-            raise ValueError(f"annotations {path}: images[{index}].file_name: want a file name, got {name!r}")
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts:
-            raise ValueError(f"annotations {path}: images[{index}].file_name {name!r} leaves the image folder")
+            raise ValueError(f"annotations {path}: images[{index}].file_name: want a file name, got {shown(name)}")
+        try:
+            check_name(name)
+        except ValueError as error:
+            raise ValueError(f"annotations {path}: images[{index}].file_name {error}") from None
         ids.append(_whole(record, "id", path, "images", index))
         names.append(name)
         known = record.get("height") is not None and record.get("width") is not None
@@ -123,7 +135,7 @@ def _images(records: list[Any], path: str | Path) -> tuple[list[int], list[str],
 def _objects(tree: dict[str, list[Any]], row_of: dict[int, int], path: str | Path) -> Iterator[LabelledObject]:
     for index, annotation in enumerate(tree["annotations"]):
         image = _whole(annotation, "image_id", path, "annotations", index)
-        name = f"annotation {annotation.get('id', f'number {index}')}"
+        name = f"annotation {shown(annotation['id']) if 'id' in annotation else f'number {index}'}"
         yield LabelledObject(
             name=name if image in row_of else f"{name}, image {image}",
             image=row_of.get(image, -1),

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+from pathlib import Path, PurePosixPath
+
+from aligndet.typed import shown
 
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
@@ -11,15 +13,16 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 def list_images(root: str | Path) -> list[str]:
     """The image files below a folder, by name: sorted paths relative to it, "/" between folders.
 
-    Links to folders are followed, each real folder once, so that loops end.
+    Links to folders are followed where they stay below it, each real folder once, so that loops end.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no image.
+        ValueError: it holds no image; a link in it leads to an image or a folder elsewhere.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"images {root}: no such folder")
+    top = os.path.realpath(root)
     found, seen = [], set()
     for folder, inner, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -29,7 +32,40 @@ def list_images(root: str | Path) -> list[str]:
         seen.add(real)
         inner.sort()
         here = Path(folder).relative_to(root)
-        found += [(here / name).as_posix() for name in files if name.lower().endswith(SUFFIXES)]
+        images = [name for name in files if name.lower().endswith(SUFFIXES)]
+        for name in (*inner, *images):
+            if os.path.islink(os.path.join(folder, name)):
+                inside(root, (here / name).as_posix(), top)
+        found += [(here / name).as_posix() for name in images]
     if not found:
         raise ValueError(f"images {root}: no file ends in {', '.join(SUFFIXES)}")
     return sorted(found)
+
+
+def check_name(name: str) -> None:
+    """Raises ValueError for a file name that cannot be below a folder: absolute, with "..", or no name of a file."""
+    pure = PurePosixPath(name)
+    if pure.is_absolute() or ".." in pure.parts:
+        raise ValueError(f"{shown(name)} leaves the image folder")
+    try:
+        ordinary = b"\0" not in os.fsencode(name) and len(pure.parts) > 0
+    except UnicodeEncodeError:
+        ordinary = False
+    if not ordinary:
+        raise ValueError(f"{shown(name)} is no name that a file can have")
+
+
+def inside(root: str | Path, name: str, top: str | None = None) -> Path:
+    """The path of a file of an image folder, which no link on the way may lead out of.
+
+    Args:
+        top: the folder with all links resolved, where the caller knows it.
+
+    Raises:
+        ValueError: it is elsewhere.
+    """
+    top, path = top or os.path.realpath(root), Path(root) / name
+    real = os.path.realpath(path)
+    if os.path.commonpath([top, real]) != top:
+        raise ValueError(f"image {path}: a link leads out of the image folder, to {real}")
+    return path

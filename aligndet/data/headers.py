@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import struct
 from pathlib import Path
 
@@ -22,7 +24,7 @@ def image_size(path: str | Path) -> tuple[int, int]:
     JPEG and PNG by their headers; other formats are decoded.
     """
     try:
-        data = np.fromfile(path, dtype=np.uint8)
+        data = file_bytes(path)
     except OSError:
         return 0, 0
     head = data[: 1 << 16].tobytes()
@@ -33,6 +35,13 @@ def image_size(path: str | Path) -> tuple[int, int]:
         width, height = struct.unpack(">II", head[16:24])
         size = height, width
     return size or _decoded_size(data)
+
+
+def file_bytes(path: str | Path) -> np.ndarray:
+    """The bytes of a regular file: uint8 [n]; OSError for any other, of which a pipe would wait for ever."""
+    if not os.path.isfile(path) and os.path.exists(path):
+        raise OSError(errno.EINVAL, "not a regular file")
+    return np.fromfile(path, dtype=np.uint8)
 
 
 def is_truncated(data: bytes) -> bool:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from aligndet.data.headers import is_truncated
+from aligndet.data.headers import file_bytes, is_truncated
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -27,7 +27,7 @@ def read_image(path: str | Path) -> np.ndarray:
 def read_file(path: str | Path) -> np.ndarray:
     """The bytes of a file: uint8 [n]; errors of ``read_image``. (cv2.imread itself fails on some non-ASCII paths.)"""
     try:
-        return np.fromfile(path, dtype=np.uint8)
+        return file_bytes(path)
     except FileNotFoundError:
         raise FileNotFoundError(f"image {path}: no such file") from None
     except OSError as error:

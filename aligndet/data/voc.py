@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from aligndet.data.annotations import Annotations, LabelledObject, Listing, assemble
-from aligndet.data.folder import SUFFIXES
+from aligndet.data.folder import SUFFIXES, check_name
 from aligndet.data.headers import image_size
 
 UNREADABLE = "xml file that cannot be read"
@@ -128,10 +128,11 @@ def _read_base(base: Path, stems: Sequence[str], data: _Data) -> None:
             continue
         seen.add(stem)
         try:
+            check_name(stem)
             tree = ElementTree.parse(file).getroot()
             if tree.tag != "annotation":
                 raise ValueError(f"want <annotation>, got <{tree.tag}>")
-        except (ElementTree.ParseError, OSError, ValueError) as error:
+        except (ElementTree.ParseError, OSError, ValueError, LookupError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             data.report.setdefault(UNREADABLE, []).append(f"{file} ({reason})")
             continue
@@ -142,7 +143,7 @@ def _read_base(base: Path, stems: Sequence[str], data: _Data) -> None:
 
 def _add(tree: ElementTree.Element, image: Path, data: _Data) -> None:
     size = tuple(_number(tree, f"size/{side}") for side in ("height", "width"))
-    whole = all(value == value // 1 and value > 0 for value in size)
+    whole = all(value == value // 1 and 0 < value < 2**31 for value in size)
     data.sizes.append((int(size[0]), int(size[1])) if whole else image_size(image))
     for number, found in enumerate(tree.findall("object"), start=1):
         corners = tuple(_number(found, f"bndbox/{side}") for side in SIDES)
@@ -185,6 +186,6 @@ def _other_names(bases: Sequence[Path]) -> Iterator[str]:
         for file in _xml_folder(base).glob("*.xml"):
             try:
                 tree = ElementTree.parse(file).getroot()
-            except (ElementTree.ParseError, OSError, ValueError):
+            except (ElementTree.ParseError, OSError, ValueError, LookupError):
                 continue
             yield from ((found.findtext("name") or "").strip() for found in tree.findall("object"))

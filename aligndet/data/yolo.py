@@ -7,8 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from aligndet import typed
 from aligndet.data.annotations import Annotations, LabelledObject, Listing, assemble, check_once
 from aligndet.data.folder import SUFFIXES, list_images
 from aligndet.data.headers import image_size
@@ -78,9 +77,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"annotations {path}: no such file")
     try:
-        tree = yaml.safe_load(path.read_text())
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ValueError(f"annotations {path}: not readable as YAML: {' '.join(str(error).split())}") from None
+        tree = typed.read_yaml(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise ValueError(f"annotations {path}: {error}") from None
     if not isinstance(tree, dict) or "names" not in tree:
         raise ValueError(f"annotations {path}: want YOLO yaml with names, and train, val or test; names is not there")
     return tree
@@ -90,7 +89,9 @@ def _categories(tree: dict[str, Any], path: Path) -> dict[int, str]:
     names = tree["names"]
     pairs = names if isinstance(names, dict) else dict(enumerate(names)) if isinstance(names, list) else {}
     if not pairs or not all(isinstance(key, int) and key >= 0 for key in pairs):
-        raise ValueError(f"annotations {path}: names: want a list of names, or numbers to names, got {names!r}")
+        raise ValueError(
+            f"annotations {path}: names: want a list of names, or numbers to names, got {typed.shown(names)}"
+        )
     if isinstance(tree.get("nc"), int) and tree["nc"] != len(pairs):
         raise ValueError(f"annotations {path}: nc: want the {len(pairs)} of names, got {tree['nc']}")
     check_once([str(name) for name in pairs.values()], "class name", path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -60,7 +61,7 @@ def prepare(config: Config, world: World) -> Training:
         ValueError, FileNotFoundError: data, weights or checkpoint do not serve; nothing has been written then except
             the run folder with its config.
     """
-    torch.manual_seed(config.seed)
+    _seed_all(config.seed)
     run = open_run(config, world)
     log = Log(run.folder, world)
     for line in run.warnings:
@@ -71,7 +72,7 @@ def prepare(config: Config, world: World) -> Training:
     log.note(parameter_table(stage.model))
     training = _training(config, world, log, run, stage)
     # Each rank samples its own candidates; the weights above were drawn alike.
-    torch.manual_seed(config.seed + world.rank)
+    _seed_all(config.seed + world.rank)
     if run.path is not None:
         resume(training, run.path, run.state)
         log.truncate(training.start)
@@ -98,6 +99,13 @@ def batches(config: Config, training: Training, stage: Stage) -> Iterable[tuple[
         steps=training.steps,
     )
     return loader(stage.dataset, sampler, stage.join, config.data.workers, world.device.type == "cuda")
+
+
+def _seed_all(seed: int) -> None:
+    """Seed every generator that a checkpoint keeps: torch's, numpy's and Python's."""
+    torch.manual_seed(seed)
+    np.random.seed(seed % 2**32)
+    random.seed(seed)
 
 
 def _same_step(training: Training) -> None:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from aligndet.data.annotations import Annotations
-from aligndet.data.folder import inside, list_images
+from aligndet.data.folder import list_images
 from aligndet.data.formats import FORMATS, coco_file, detect_format, images_of, load_annotations, yolo_file
 from aligndet.data.labelled import wrong_size
 from aligndet.data.progress import Progress
@@ -189,13 +189,9 @@ def as_text(report: Report, shown: int | None) -> str:
     return "\n".join(lines)
 
 
-def inspect_file(root: Path, confined: bool, name: str) -> Seen:
-    """Decode an image; raises as ``read_image`` does. Called in the worker processes.
-
-    Args:
-        confined: no link may lead out of ``root``, as in training.
-    """
-    path = inside(root, name) if confined else root / name
+def inspect_file(root: Path, name: str) -> Seen:
+    """Decode an image; raises as ``read_image`` does. Called in the worker processes."""
+    path = root / name
     data = read_file(path)
     image = decode_image(data, path)
     return (image.shape[0], image.shape[1]), hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()
@@ -210,7 +206,7 @@ def _look(annotations: Annotations, root: Path, report: Report, workers: int) ->
     row_of = {name: row for row, name in enumerate(annotations.file_names)}
     failed: dict[int, tuple[str, str]] = {}
     seen: dict[int, Seen] = {}
-    task = functools.partial(inspect_file, root, annotations.root is None)
+    task = functools.partial(inspect_file, root)
     for outcome in _outcomes(task, list(row_of), workers):
         row = row_of[outcome.item]
         if outcome.result is None:

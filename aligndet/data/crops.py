@@ -13,7 +13,6 @@ from torch.utils.data import Dataset
 from torchvision.transforms.v2 import functional as F
 
 from aligndet.data.batch import Sample
-from aligndet.data.folder import inside
 from aligndet.data.retry import first_readable
 from aligndet.data.transforms import flip, read_image
 
@@ -59,7 +58,7 @@ class CropPairs(Dataset[tuple[Sample, Sample]]):
         return self._crop(pixels, row, rng, skipped), self._crop(pixels, row, rng, skipped)
 
     def _load(self, index: int) -> tuple[int, np.ndarray]:
-        return index, read_image(inside(self.root, self.names[index]))
+        return index, read_image(self.root / self.names[index])
 
     def _crop(self, pixels: np.ndarray, row: int, rng: np.random.Generator, skipped: tuple[str, ...]) -> Sample:
         top, left, height, width = _region((pixels.shape[0], pixels.shape[1]), self.scale, rng)

@@ -13,16 +13,15 @@ SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 def list_images(root: str | Path) -> list[str]:
     """The image files below a folder, by name: sorted paths relative to it, "/" between folders.
 
-    Links to folders are followed where they stay below it, each real folder once, so that loops end.
+    Links are followed, to each real folder once, so that loops end.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no image; a link in it leads to an image or a folder elsewhere.
+        ValueError: it holds no image.
     """
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"images {root}: no such folder")
-    top = os.path.realpath(root)
     found, seen = [], set()
     for folder, inner, files in os.walk(root, followlinks=True):
         real = os.path.realpath(folder)
@@ -32,11 +31,7 @@ def list_images(root: str | Path) -> list[str]:
         seen.add(real)
         inner.sort()
         here = Path(folder).relative_to(root)
-        images = [name for name in files if name.lower().endswith(SUFFIXES)]
-        for name in (*inner, *images):
-            if os.path.islink(os.path.join(folder, name)):
-                inside(root, (here / name).as_posix(), top)
-        found += [(here / name).as_posix() for name in images]
+        found += [(here / name).as_posix() for name in files if name.lower().endswith(SUFFIXES)]
     if not found:
         raise ValueError(f"images {root}: no file ends in {', '.join(SUFFIXES)}")
     return sorted(found)
@@ -53,19 +48,3 @@ def check_name(name: str) -> None:
         ordinary = False
     if not ordinary:
         raise ValueError(f"{shown(name)} is no name that a file can have")
-
-
-def inside(root: str | Path, name: str, top: str | None = None) -> Path:
-    """The path of a file of an image folder, which no link on the way may lead out of.
-
-    Args:
-        top: the folder with all links resolved, where the caller knows it.
-
-    Raises:
-        ValueError: it is elsewhere.
-    """
-    top, path = top or os.path.realpath(root), Path(root) / name
-    real = os.path.realpath(path)
-    if os.path.commonpath([top, real]) != top:
-        raise ValueError(f"image {path}: a link leads out of the image folder, to {real}")
-    return path

@@ -12,7 +12,6 @@ from torch.utils.data import Dataset
 
 from aligndet.data.annotations import Annotations
 from aligndet.data.batch import Sample
-from aligndet.data.folder import inside
 from aligndet.data.retry import first_readable
 from aligndet.data.transforms import flip, read_image, resize
 from aligndet.ops.boxes import clip
@@ -126,20 +125,8 @@ def wrong_size(annotations: Annotations, row: int, size: tuple[int, int]) -> str
     return f"{annotations.path} says {width} x {height} px, the file has {size[1]} x {size[0]}"
 
 
-def _path(annotations: Annotations, root: Path, row: int) -> Path:
-    """Where an image is; the file names of a COCO file may not leave ``root`` through links.
-
-    VOC and YOLO say themselves where their folders are, which are often links.
-
-    Raises:
-        ValueError: it is elsewhere.
-    """
-    name = annotations.file_names[row]
-    return inside(root, name) if annotations.root is None else root / name
-
-
 def _read(annotations: Annotations, root: Path, row: int) -> Tensor:
-    path = _path(annotations, root, row)
+    path = root / annotations.file_names[row]
     image = read_image(path)
     wrong = wrong_size(annotations, row, (image.shape[0], image.shape[1]))
     if wrong:

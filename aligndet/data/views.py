@@ -11,7 +11,6 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from aligndet.data.batch import Sample
-from aligndet.data.folder import inside
 from aligndet.data.proposals import ProposalFile
 from aligndet.data.retry import first_readable
 from aligndet.data.transforms import flip, random_colour, read_image, resize
@@ -119,7 +118,7 @@ def read_proposed(root: Path, proposals: ProposalFile, row: int) -> np.ndarray:
     Raises:
         ValueError, FileNotFoundError: it cannot be read, or has another size than its boxes are for.
     """
-    path = inside(root, proposals.names[row])
+    path = root / proposals.names[row]
     image = read_image(path)
     recorded = tuple(int(side) for side in proposals.sizes[row])
     if image.shape[:2] != recorded:

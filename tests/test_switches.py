@@ -91,7 +91,7 @@ def test_the_reference_starts_its_branches_apart(tmp_path: Path) -> None:
     assert model.momentum is not None
     online = dict(model.online.named_parameters())
     apart = [key for key, value in model.momentum.named_parameters() if not torch.equal(value, online[key])]
-    assert "neck.lateral.0.weight" in apart or any(key.startswith("neck.") for key in apart)
+    assert {"neck", "head", "predictors"} <= {key.partition(".")[0] for key in apart}
     assert any(key.startswith("predictors.embedding") for key in apart)
     same = _aligndet(config, build_detector("fcos", "resnet18", 1, width=0.25, channels=32), ())
     assert same.momentum is not None
@@ -111,12 +111,11 @@ def test_sampling_of_a_detector_changes_where_it_is_told_to() -> None:
         sampler_of(None, None, "image", None)
 
 
-@pytest.mark.parametrize("name", ["detr"])
-def test_box_losses_of_detr_do_not_depend_on_the_sampling_of_the_contrast(name: str) -> None:
+def test_box_losses_of_detr_do_not_depend_on_the_sampling_of_the_contrast() -> None:
     view1, view2 = views_of((6, 4))
     losses = []
     for candidates in (None, 7):
-        model = AlignDet(small(name), embedding=16, candidates=candidates).eval()
+        model = AlignDet(small("detr"), embedding=16, candidates=candidates).eval()
         with torch.no_grad():
             losses.append(model(view1, view2))
     for key in ("box", "overlap"):

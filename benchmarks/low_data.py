@@ -17,6 +17,8 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
+import shlex
 import statistics
 import subprocess
 import sys
@@ -256,17 +258,20 @@ def interval(steps: int) -> int:
 
 
 def seconds(bench: Bench) -> dict[str, float]:
-    """Seconds of each stage, one thread each (propose: all cores), ``jobs`` at a time; fine-tuning: longest setting."""
+    """Seconds of processor time of each stage (in older runs: of the wall's); fine-tuning: longest setting."""
     longest = max(setting.steps for setting in bench.settings)
     notes = [*bench.own.glob("*/command.json"), *bench.runs.glob("*/command.json")]
-    taken = {path.parent.name: json.loads(path.read_text())["seconds"] for path in notes}
+    read = {path.parent.name: json.loads(path.read_text()) for path in notes}
+    taken = {name: note.get("processor_seconds", note["seconds"]) for name, note in read.items()}
     stages = {name: taken[name] for name in ("propose", "cluster", "pretrain-AlignDet-0") if name in taken}
     runs = [value for name, value in taken.items() if f"-{longest}-" in name]
     return stages | {f"finetune {longest} steps": statistics.median(runs)}
 
 
 def cell(folder: Path, result: Path, *words: object) -> None:
-    """Run python with ``words`` unless ``result`` is there; output, command and seconds are noted in ``folder``.
+    """Run python with ``words`` unless ``result`` is there; output, command and times are noted in ``folder``.
+
+    Beside the wall's seconds there are those of the processor, which other work on the machine does not stretch.
 
     Raises:
         SystemExit: the result was made by another command: its figures would be taken for those of this one.
@@ -281,8 +286,13 @@ def cell(folder: Path, result: Path, *words: object) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     began = time.perf_counter()
     with open(folder / "output.txt", "w") as output:
-        subprocess.run([sys.executable, *text], cwd=ROOT, check=True, stdout=output, stderr=subprocess.STDOUT)
-    note.write_text(json.dumps({"words": text, "seconds": time.perf_counter() - began}))
+        process = subprocess.Popen([sys.executable, *text], cwd=ROOT, stdout=output, stderr=subprocess.STDOUT)
+        _, status, used = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise SystemExit(f"{folder}/output.txt: exit code {process.returncode} of {shlex.join(text)}")
+    times = {"seconds": time.perf_counter() - began, "processor_seconds": used.ru_utime + used.ru_stime}
+    note.write_text(json.dumps({"words": text} | times))
 
 
 def table(rows: list[dict]) -> str:

@@ -8,6 +8,7 @@ weight decay, are chosen for each way of pre-training on fold 0, which is not re
 
     main    the backbone alone against AlignDet: average precision, steps to the other's final precision, time
     task    Table 10 of the paper: contrast alone, boxes alone, both; several seeds of pre-training
+    contrast what of the contrast's settings changes its worth beside the boxes; all fine-tuned as tuned for AlignDet
     peers   our defaults against the reference's mistakes (``method.reference_compatible``) and against SoCo
 
 Writes benchmarks/results/low_data_<detector>_<set>.json.
@@ -98,9 +99,24 @@ WAYS = {
     "reference": Way(("method.reference_compatible=true",), ("method.reference_compatible=true",)),
     "SoCo": Way(("method.name=soco", *SOCO)),
 }
+# One setting of the contrast each; the others as in the file of the detector.
+CONTRASTS = {
+    "weight 0.1": ("method.contrast=0.1",),
+    "weight 0.3": ("method.contrast=0.3",),
+    "temperature 0.1": ("method.temperature=0.1",),
+    "temperature 0.2": ("method.temperature=0.2",),
+    "half background": ("method.background=0.5",),
+    "positives of both views": ("method.positives=both",),
+    "256 candidates": ("method.candidates=256",),
+    "weight 0.1, temperature 0.2": ("method.contrast=0.1", "method.temperature=0.2"),
+    "900 steps": ("optim.steps=900",),
+    "900 steps, boxes only": ("optim.steps=900", "method.contrast=0"),
+}
+WAYS |= {name: Way(options) for name, options in CONTRASTS.items()}
 STUDIES = {
     "main": ("backbone only", "AlignDet"),
     "task": ("AlignDet", "contrast only", "boxes only"),
+    "contrast": ("AlignDet", "boxes only", *CONTRASTS),
     "peers": ("AlignDet", "reference", "SoCo"),
 }
 
@@ -131,7 +147,7 @@ class Bench:
 
     def pretrain(self, way: str, seed: int) -> Path:
         """The weights of a way of pre-training."""
-        run = self.own / f"pretrain-{way.replace(' ', '_')}-{seed}"
+        run = self.own / f"pretrain-{folder_of(way)}-{seed}"
         cfg = ("train.py", "--cfg", f"configs/pretrain/{self.detector}_mobilenet_v2.yaml", f"run={run}")
         paths = (f"data.images={self.images}", f"data.proposals={self.proposals}", self.backbone, "data.workers=0")
         own = (*self.set.pretrain, *(WAYS[way].pretrain or ()))
@@ -141,7 +157,7 @@ class Bench:
     def finetune(self, way: str, setting: Setting, rate: float, decay: float, fold: int, seed: int = 0) -> dict:
         """Metrics in per cent, at each validation; ``seed`` of the pre-training."""
         start = self.backbone if WAYS[way].pretrain is None else f"weights={self.pretrain(way, seed)}"
-        name = f"{setting.labelled}-{setting.steps}-{way.replace(' ', '_')}{seed}-lr{rate:g}-wd{decay:g}-fold{fold}"
+        name = f"{setting.labelled}-{setting.steps}-{folder_of(way)}{seed}-lr{rate:g}-wd{decay:g}-fold{fold}"
         run = self.own / name
         cfg = ("train.py", "--cfg", f"configs/finetune/{self.detector}_mobilenet_v2_lowdata.yaml", f"run={run}")
         data = (f"data.train={self.train}", f"data.val={self.val}", f"data.labelled={setting.labelled}", start)
@@ -223,6 +239,21 @@ def task_study(bench: Bench, folds: Sequence[int], seeds: Sequence[int]) -> dict
     return {"tuned": tuned, "seeds": list(seeds), "rows": rows}
 
 
+def contrast_study(bench: Bench, folds: Sequence[int]) -> dict:
+    """Settings of the contrast one by one, one seed of pre-training."""
+    chosen, rows = bench.tune(["AlignDet"])["AlignDet"], []
+    for setting in bench.settings:
+        results = {}
+        for way in STUDIES["contrast"]:  # one after the other, so that what is finished can be read in the log
+            bench.pretrain(way, 0)
+            cells = [(way, setting, chosen["lr"], chosen["weight_decay"], fold) for fold in folds]
+            results[way] = bench.parallel(bench.finetune, cells)
+            print(way, *(f"{result['AP']:.1f}" for result in results[way]), flush=True)
+        rows.append({"setting": asdict(setting), "results": results})
+    print(table(rows), flush=True)
+    return {"tuned": {"all": chosen}, "rows": rows}
+
+
 def peers_study(bench: Bench, folds: Sequence[int]) -> dict:
     """Our defaults, the reference's mistakes, SoCo."""
     ways = STUDIES["peers"]
@@ -250,6 +281,11 @@ def passes(results: dict[str, list[dict]], steps: int) -> int | None:
         if statistics.fmean(values) >= goal:
             return interval(steps) * part
     return None
+
+
+def folder_of(way: str) -> str:
+    """The name of a way without spaces and commas."""
+    return way.replace(",", "").replace(" ", "_")
 
 
 def interval(steps: int) -> int:
@@ -349,6 +385,8 @@ def main() -> None:
             found = main_study(bench, args.folds)
         elif study == "task":
             found = task_study(bench, args.folds, args.seeds)
+        elif study == "contrast":
+            found = contrast_study(bench, args.folds)
         else:
             found = peers_study(bench, args.folds)
         record["studies"][study] = found | {"folds": args.folds, "environment": environment()}

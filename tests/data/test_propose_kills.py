@@ -1,4 +1,4 @@
-"""`propose` killed at random twenty times: the same file at the end, and nothing is searched twice but what was in flight."""
+"""`propose` killed at random twenty times: the same file at the end, nothing searched twice but what was in flight."""
 
 import contextlib
 import fcntl

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from aligndet.checks import check_augmentation
 from aligndet.typed import checked, read_yaml, shown
 
 TASKS = ("pretrain", "finetune", "image_domain")
@@ -85,6 +86,14 @@ class DataConfig:
     long_side: int = knob(1333, above=0, tasks=BOXES)  # px, upper bound
     voc_metrics: str | None = knob(None, choices=("11-point", "area"), tasks=(FINETUNE,))  # beside COCO's: method 5.4
     eval_short_side: int = knob(800, above=0, tasks=(FINETUNE,))  # px
+    # detr: half of the images are cropped, then resized. jitter: all at a random scale, cropped or padded to a square.
+    augment: str = knob("plain", choices=("plain", "detr", "jitter"), tasks=(FINETUNE,))
+    crop_first: tuple[int, ...] = knob((400, 500, 600), above=0, tasks=(FINETUNE,))  # px; detr: short side before
+    crop_sides: tuple[int, ...] = knob((384, 600), above=0, tasks=(FINETUNE,))  # px; detr: least and most of a crop
+    jitter_size: int = knob(1024, above=0, tasks=(FINETUNE,))  # px; jitter: side of the square; long side at scale 1
+    jitter_scale: tuple[float, ...] = knob((0.1, 2.0), above=0, tasks=(FINETUNE,))  # jitter: least and most
+    group_aspect: bool = knob(False, tasks=BOXES)  # images of a step are all wider than high, or none: less padding
+    fast_decode: bool = knob(True, tasks=BOXES)  # large JPEGs at 1/2, 1/4, 1/8 of their size, where that is enough
     flip: float = knob(0.5, least=0)  # probability of the horizontal flip
     crowds: bool = knob(True, tasks=(FINETUNE,))  # anchors and regions inside crowds are not background
     on_error: str = knob("skip", choices=("skip", "fail"))  # image or label that does not serve: count it, or stop
@@ -296,10 +305,11 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(f"optim.accumulate: want a divisor of optim.batch {optim.batch}, got {optim.accumulate}")
     if not data.short_side:
         raise ValueError("data.short_side: want at least one size")
-    if config.task != IMAGE_DOMAIN and max(data.short_side) > data.long_side:
+    if config.task != IMAGE_DOMAIN and data.augment != "jitter" and max(data.short_side) > data.long_side:
         raise ValueError(
             f"data.long_side: want at least the largest short side {max(data.short_side)}, got {data.long_side}"
         )
+    check_augmentation(data, DataConfig(), optim.batch)
     if not 0 <= data.flip <= 1:
         raise ValueError(f"data.flip: want a probability in 0 .. 1, got {data.flip}")
     _check_task_combinations(config)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -9,13 +10,31 @@ import pytest
 import torch
 
 from aligndet import cli
+from aligndet.config import load_config
 from aligndet.data.proposals import open_proposals, write_proposals
 from aligndet.data.synthetic import make_scenes
 from aligndet.engine.log import read_log
 from aligndet.models import DETECTORS
 from tests.test_pipeline import ROOT
 
-FILES = sorted((ROOT / "configs").rglob("*.yaml"))
+# Files that are another one for longer: NAME is BASE with this length, these milestones and perhaps another warm-up.
+LONGER: dict[str, tuple[str, dict[str, object]]] = {
+    "detr_resnet50_100e": ("detr_resnet50_50e", {"epochs": 100, "milestones": (80,)}),
+    "detr_resnet50_150e": ("detr_resnet50_50e", {"epochs": 150, "milestones": (100,)}),
+    "detr_resnet50_750k": ("detr_resnet50_375k", {"steps": 750_000, "milestones": (600_000,), "warmup": 500}),
+    "mask_rcnn_swin_s_3x": ("mask_rcnn_swin_s_1x", {"epochs": 36, "milestones": (27, 33)}),
+}
+for name in ("fcos", "retinanet", "faster_rcnn", "mask_rcnn"):
+    start = f"{name}_resnet50"
+    LONGER[f"{start}_2x"] = (f"{start}_1x", {"epochs": 24, "milestones": (16, 22)})
+    LONGER[f"{start}_3x"] = (f"{start}_1x", {"epochs": 36, "milestones": (24, 33)})
+    LONGER[f"{start}_90k"] = (f"{start}_12k", {"steps": 90_000, "milestones": (60_000, 82_500)})
+# Files with the data and the length of VOC's protocol: all else is BASE's.
+VOC = {"epochs": None, "steps": 12_000, "milestones": (9_000, 11_000)}
+VOC_FILES: dict[str, tuple[str, dict[str, object]]] = {
+    f"{name}_resnet50_voc": (f"{name}_resnet50_1x", VOC) for name in ("fcos", "retinanet", "faster_rcnn")
+} | {"detr_resnet50_voc": ("detr_resnet50_50e", {"epochs": 100, "milestones": (70,)})}
+FILES = sorted(path for path in (ROOT / "configs").rglob("*.yaml") if path.stem not in {*LONGER, *VOC_FILES})
 # Only what does not fit a test: size of images, of batches and of the backbone, and the length of the run.
 SMALLER = ("device=cpu", "threads=1", "log_every=1", "data.workers=0", "data.short_side=[64, 96]", "model.width=0.25")
 SHORTER = ("optim.batch=2", "optim.epochs=null", "optim.steps=2", "optim.milestones=[]", "optim.warmup=0")
@@ -41,7 +60,28 @@ def test_there_is_a_file_for_every_detector_and_stage() -> None:
     names = {path.stem for path in FILES}
     for detector in DETECTORS:
         assert (ROOT / f"configs/pretrain/{detector}_resnet50.yaml").is_file()
-        assert len([name for name in names if name.startswith(f"{detector}_resnet50_")]) == 2
+        found = {
+            name.removeprefix(f"{detector}_resnet50_") for name in names if name.startswith(f"{detector}_resnet50_")
+        }
+        wanted = {"50e", "375k"} if detector == "detr" else {"1x", "12k"}
+        assert found == wanted
+
+
+@pytest.mark.parametrize("name", list(LONGER))
+def test_longer_schedules_differ_in_nothing_else(name: str) -> None:
+    base, changes = LONGER[name]
+    longer, shorter = (load_config(ROOT / f"configs/finetune/{stem}.yaml", ["data.train=a"]) for stem in (name, base))
+    assert longer.run == f"runs/finetune/{name}"
+    assert longer == replace(shorter, run=longer.run, optim=replace(shorter.optim, **changes))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", list(VOC_FILES))
+def test_voc_differs_in_data_and_length_only(name: str) -> None:
+    base, changes = VOC_FILES[name]
+    voc, coco = (load_config(ROOT / f"configs/finetune/{stem}.yaml", ["data.train=a"]) for stem in (name, base))
+    data = replace(coco.data, short_side=tuple(range(480, 801, 32)), voc_metrics="11-point", augment="plain")
+    optim = replace(coco.optim, **changes)  # type: ignore[arg-type]
+    assert voc == replace(coco, run=f"runs/finetune/{name}", data=data, optim=optim)
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: f"{path.parent.name}-{path.stem}")
@@ -56,8 +96,14 @@ def test_it_runs_two_steps(path: Path, scenes: Path, tmp_path: Path) -> None:
         ),
         "image_domain": (f"data.images={scenes / 'images'}", "data.short_side=64"),
     }[task]
-    run = f"run={tmp_path / 'run'}"
-    assert cli.train(["--cfg", str(path), run, *SMALLER, *SHORTER, *data]) == 0
+    run, smaller = f"run={tmp_path / 'run'}", SMALLER
+    if "augment: jitter" in path.read_text():  # has a size of its own
+        smaller = (
+            *(key for key in SMALLER if not key.startswith("data.short_side")),
+            "data.jitter_size=96",
+            "model.backbone=swin_t",
+        )
+    assert cli.train(["--cfg", str(path), run, *smaller, *SHORTER, *data]) == 0
     records = [record for record in read_log(tmp_path / "run/log.jsonl") if "losses" in record]
     assert [record["step"] for record in records] == [1, 2]
     result = {"pretrain": "pretrained.pt", "finetune": "model.pt", "image_domain": "backbone.pt"}[task]

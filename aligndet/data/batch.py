@@ -39,7 +39,7 @@ class Sample:
 
 
 def collate(samples: Sequence[Sample], *, multiple: int = 32, size: tuple[int, int] | None = None) -> Batch:
-    """Images padded with zeros at the bottom and right to one size, boxes joined.
+    """Images padded with zeros at the bottom and right to one size and laid out channels last, boxes joined.
 
     Box ids become (position in the batch << 32) + id in the image: the same in every view of the image.
 
@@ -50,7 +50,8 @@ def collate(samples: Sequence[Sample], *, multiple: int = 32, size: tuple[int, i
     sizes = torch.tensor([sample.image.shape[1:] for sample in samples])
     least = sizes.amax(dim=0) if size is None else torch.maximum(sizes.amax(dim=0), torch.tensor(size))
     height, width = ((least + multiple - 1) // multiple * multiple).tolist()
-    images = torch.zeros(len(samples), 3, height, width, dtype=torch.uint8)
+    # Channels last, as images are decoded and as models want them: rows are copied whole.
+    images = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
     for place, sample in zip(images, samples, strict=True):
         place[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
     counts = torch.tensor([len(sample.boxes) for sample in samples])

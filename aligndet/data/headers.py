@@ -30,11 +30,19 @@ def image_size(path: str | Path) -> tuple[int, int]:
     head = data[: 1 << 16].tobytes()
     size = None
     if head.startswith(JPEG):
-        size = _jpeg_size(head) or _jpeg_size(data.tobytes())
+        size = jpeg_size(data)
     elif head.startswith(PNG) and head[12:16] == b"IHDR" and b"eXIf" not in head:
         width, height = struct.unpack(">II", head[16:24])
         size = height, width
     return size or _decoded_size(data)
+
+
+def jpeg_size(data: np.ndarray) -> tuple[int, int] | None:
+    """(height, width) px that the bytes of a JPEG state, EXIF orientation applied; None for other files."""
+    head = data[: 1 << 16].tobytes()
+    if not head.startswith(JPEG):
+        return None
+    return _jpeg_size(head) or (_jpeg_size(data.tobytes()) if data.size > len(head) else None)
 
 
 def file_bytes(path: str | Path) -> np.ndarray:

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from aligndet.data.annotations import Annotations
+from aligndet.data.augment import Draw, Size, Window, follow_masks, plain_window, reduced, wide_enough
 from aligndet.data.batch import Sample
+from aligndet.data.decode import open_picture
+from aligndet.data.headers import image_size
 from aligndet.data.retry import first_readable
 from aligndet.data.transforms import flip, read_image, resize
 from aligndet.ops.boxes import clip
+
+LEAST_SIDE = 1.0  # px; an object of which a crop leaves less, in height or width, is left out
+
+
+class _Loaded(NamedTuple):
+    """An image of ``size`` (height, width) px, perhaps decoded smaller, and what becomes of it."""
+
+    row: int
+    size: Size
+    pixels: np.ndarray
+    window: Window
+    mirrored: bool
 
 
 class LabelledImages(Dataset[Sample]):
@@ -29,8 +45,10 @@ class LabelledImages(Dataset[Sample]):
         rows: int64, which images of the file; None: all.
         short_sides: px, one drawn per sample.
         long_side: px, upper bound.
+        window: draws the part of each image and its new size, instead of the whole at one of ``short_sides``.
         flip_probability: of the horizontal flip.
         crowds: False leaves crowd regions out: they are background then, as in the reference.
+        fast_decode: decode large JPEGs at 1/2, 1/4 or 1/8 where that is no smaller than what is wanted.
         on_error: "skip" takes the next image for one that cannot be read.
 
     Raises:
@@ -45,8 +63,10 @@ class LabelledImages(Dataset[Sample]):
         short_sides: tuple[int, ...],
         long_side: int,
         rows: np.ndarray | None = None,
+        window: Draw | None = None,
         flip_probability: float = 0.5,
         crowds: bool = True,
+        fast_decode: bool = True,
         on_error: str = "skip",
         seed: int = 0,
     ) -> None:
@@ -56,32 +76,68 @@ class LabelledImages(Dataset[Sample]):
         self.without_boxes = len(wanted) - len(self.rows)
         if not len(self.rows):
             raise ValueError(f"annotations {annotations.path}: none of the {len(wanted)} images has a usable box")
-        self.short_sides, self.long_side = short_sides, long_side
+        self.crops = window is not None
+        self.window = window or partial(plain_window, short_sides=short_sides, long_side=long_side)
         self.flip_probability, self.crowds, self.on_error, self.seed = flip_probability, crowds, on_error, seed
+        self.fast_decode = fast_decode
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         index, position = key
-        (row, pixels), skipped = first_readable(self._load, index, len(self), self.on_error)
-        rng = np.random.default_rng((self.seed, position))
-        image, factors = resize(pixels, int(rng.choice(self.short_sides)), self.long_side)
-        boxes, labels, rows = _targets(self.annotations, row, pixels)
-        boxes = boxes * factors
-        crowds = _crowds(self.annotations, row, pixels) * factors if self.crowds else None
-        masks = None if self.annotations.masks is None else _masks(self.annotations, rows, pixels, image)
-        if rng.random() < self.flip_probability:
+        loaded, skipped = first_readable(partial(self._load, position), index, len(self), self.on_error)
+        image = loaded.window.cut(loaded.pixels, loaded.size)
+        boxes, labels, masks = self._objects(loaded)
+        crowds = self._crowds(loaded) if self.crowds else None
+        if loaded.mirrored:
             crowds = None if crowds is None else flip(image, crowds)[1]
             image, boxes = flip(image, boxes)
             masks = None if masks is None else masks.flip(2)
-        original = (pixels.shape[1], pixels.shape[2])
-        image_id = int(self.annotations.image_ids[row])
-        return Sample(image, boxes, labels, torch.arange(len(boxes)), original, image_id, skipped, masks, crowds)
+        image_id = int(self.annotations.image_ids[loaded.row])
+        return Sample(image, boxes, labels, torch.arange(len(boxes)), loaded.size, image_id, skipped, masks, crowds)
 
-    def _load(self, index: int) -> tuple[int, Tensor]:
+    def wide(self) -> np.ndarray:
+        """Which images are wider than high: bool [n]; sizes that the labels do not state are read from the files."""
+        sizes = self.annotations.sizes[self.rows]
+        unknown = np.flatnonzero(sizes.min(axis=1) == 0)
+        for place in unknown.tolist():
+            sizes[place] = image_size(self.root / self.annotations.file_names[self.rows[place]])
+        return np.asarray(sizes[:, 1] > sizes[:, 0])
+
+    def _load(self, position: int, index: int) -> _Loaded:
+        """An image, decoded no larger than the part of it that is drawn before needs."""
         row = int(self.rows[index])
-        return row, _read(self.annotations, self.root, row)
+        picture = open_picture(self.root / self.annotations.file_names[row], self.fast_decode)
+        wrong = wrong_size(self.annotations, row, picture.size)
+        if wrong:
+            raise ValueError(f"image {picture.path}: {wrong}")
+        rng = np.random.default_rng((self.seed, position))
+        window, reduction = reduced(self.window(picture.size, rng), picture.size)
+        mirrored = bool(rng.random() < self.flip_probability)
+        return _Loaded(row, picture.size, picture.pixels(reduction), window, mirrored)
+
+    def _objects(self, loaded: _Loaded) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Boxes, labels and masks in the window; after a crop without those of which nothing is left to see."""
+        boxes, labels, rows = _targets(self.annotations, loaded.row, loaded.size)
+        boxes, masks = loaded.window.place(boxes), None
+        if self.annotations.masks is not None:
+            masks = loaded.window.cut_masks(self.annotations.masks_of(rows, loaded.size))
+        if not self.crops:
+            return boxes, labels, masks
+        clipped = clip(boxes, torch.tensor(loaded.window.size))
+        if masks is not None:
+            clipped = follow_masks(clipped, boxes, masks)
+        kept = wide_enough(clipped, LEAST_SIDE)
+        return clipped[kept], labels[kept], None if masks is None else masks[kept]
+
+    def _crowds(self, loaded: _Loaded) -> Tensor:
+        """The crowd regions in the window: float32 [r, 4] xyxy px."""
+        size = torch.tensor(loaded.size)
+        boxes = loaded.window.place(clip(torch.from_numpy(self.annotations.crowds_of(loaded.row)), size))
+        if self.crops:
+            boxes = clip(boxes, torch.tensor(loaded.window.size))
+        return boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
 
 
 class EvaluationImages(Dataset[Sample]):
@@ -111,8 +167,8 @@ class EvaluationImages(Dataset[Sample]):
             height, width = np.maximum(self.annotations.sizes[index], 1).tolist()
             pixels = torch.zeros(3, height, width, dtype=torch.uint8)
         image, factors = resize(pixels, self.short_side, self.long_side)
-        boxes, labels, _ = _targets(self.annotations, index, pixels)
         original = (pixels.shape[1], pixels.shape[2])
+        boxes, labels, _ = _targets(self.annotations, index, original)
         image_id = int(self.annotations.image_ids[index])
         return Sample(image, boxes * factors, labels, torch.arange(len(boxes)), original, image_id, skipped)
 
@@ -134,24 +190,9 @@ def _read(annotations: Annotations, root: Path, row: int) -> Tensor:
     return torch.from_numpy(image).permute(2, 0, 1)
 
 
-def _targets(annotations: Annotations, row: int, pixels: Tensor) -> tuple[Tensor, Tensor, np.ndarray]:
+def _targets(annotations: Annotations, row: int, size: Size) -> tuple[Tensor, Tensor, np.ndarray]:
     """Boxes, labels and rows of an image; clipped here: a file without image sizes could not be on reading."""
     rows = annotations.rows_of(row)
-    boxes = clip(torch.from_numpy(annotations.boxes[rows]), torch.tensor(pixels.shape[1:]))
+    boxes = clip(torch.from_numpy(annotations.boxes[rows]), torch.tensor(size))
     inside = (boxes[:, 2:] > boxes[:, :2]).all(1)
     return boxes[inside], torch.from_numpy(annotations.labels[rows])[inside], rows[inside.numpy()]
-
-
-def _crowds(annotations: Annotations, row: int, pixels: Tensor) -> Tensor:
-    """The crowd regions of an image, clipped to it: float32 [r, 4] xyxy px."""
-    boxes = clip(torch.from_numpy(annotations.crowds_of(row)), torch.tensor(pixels.shape[1:]))
-    return boxes[(boxes[:, 2:] > boxes[:, :2]).all(1)]
-
-
-def _masks(annotations: Annotations, rows: np.ndarray, pixels: Tensor, image: Tensor) -> Tensor:
-    """The masks of boxes at the size of the resized ``image``: bool [m, H, W]; the nearest pixel decides."""
-    masks = torch.from_numpy(annotations.masks_of(rows, (pixels.shape[1], pixels.shape[2])))
-    if masks.shape[1:] == image.shape[1:] or not len(masks):
-        return masks.new_zeros(0, *image.shape[1:]) if not len(masks) else masks
-    resized = F.interpolate(masks[:, None].to(torch.uint8), size=image.shape[1:], mode="nearest-exact")
-    return resized[:, 0].bool()

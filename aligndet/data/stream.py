@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Callable, Iterator, Sequence
+from operator import itemgetter
 from typing import Any
 
 import cv2
@@ -27,6 +28,10 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         accumulate: passes per step.
         rank, world: this process and the number of processes.
         seed: of the permutations.
+        wide: bool [length], a kind of each image; None: all are alike. With it the images of a step are of one kind.
+            Each kind keeps the order of the permutations and waits until it fills a step, over the end of an epoch if
+            need be: each image still comes once per epoch, but for less than ``batch`` of each kind that come in the
+            first steps of the next.
 
     Raises:
         ValueError: ``batch`` is not divisible by ranks times passes.
@@ -43,30 +48,62 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         rank: int = 0,
         world: int = 1,
         seed: int = 0,
+        wide: np.ndarray | None = None,
     ) -> None:
         if batch % (world * accumulate):
             raise ValueError(
                 f"optim.batch: want a multiple of {world} ranks x {accumulate} passes per step, got {batch}"
             )
         self.length, self.batch, self.steps, self.start_step = length, batch, steps, start_step
-        self.accumulate, self.rank, self.world, self.seed = accumulate, rank, world, seed
+        self.accumulate, self.rank, self.world, self.seed, self.wide = accumulate, rank, world, seed, wide
 
     def __len__(self) -> int:
         return (self.steps - self.start_step) * self.accumulate
 
     def __iter__(self) -> Iterator[list[tuple[int, int]]]:
         share = self.batch // (self.world * self.accumulate)
+        whole = self._steps() if self.wide is None else self._grouped_steps(self.wide)
+        for step, images in zip(range(self.start_step, self.steps), whole, strict=False):
+            for part in range(self.accumulate):
+                first = (part * self.world + self.rank) * share
+                places = range(first, first + share)
+                yield [(int(images[place]), step * self.batch + place) for place in places]
+
+    def _permutation(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng((self.seed, epoch)).permutation(self.length)
+
+    def _steps(self) -> Iterator[np.ndarray]:
+        """The images of each step from ``start_step`` on: int64 [batch]."""
         epoch, order = -1, np.zeros(0, dtype=np.int64)
         for step in range(self.start_step, self.steps):
-            for part in range(self.accumulate):
-                first = step * self.batch + (part * self.world + self.rank) * share
-                items = []
-                for position in range(first, first + share):
-                    if position // self.length != epoch:
-                        epoch = position // self.length
-                        order = np.random.default_rng((self.seed, epoch)).permutation(self.length)
-                    items.append((int(order[position % self.length]), position))
-                yield items
+            images = np.empty(self.batch, dtype=np.int64)
+            for place in range(self.batch):
+                position = step * self.batch + place
+                if position // self.length != epoch:
+                    epoch = position // self.length
+                    order = self._permutation(epoch)
+                images[place] = order[position % self.length]
+            yield images
+
+    def _grouped_steps(self, wide: np.ndarray) -> Iterator[np.ndarray]:
+        """The same, each step of one kind; found again from the first epoch on, some milliseconds each."""
+        waiting = [np.zeros(0, dtype=np.int64)] * 2
+        passed, epoch = 0, 0
+        while True:
+            order, epoch = self._permutation(epoch), epoch + 1
+            full: list[tuple[int, np.ndarray]] = []  # where in the order the last image of a step comes; its images
+            for kind, earlier in enumerate(waiting):
+                where = np.flatnonzero(wide[order] == bool(kind))
+                queue = np.concatenate([earlier, order[where]])
+                whole = len(queue) // self.batch * self.batch
+                for first in range(0, whole, self.batch):
+                    last = first + self.batch - 1 - len(earlier)
+                    full.append((int(where[last]), queue[first : first + self.batch]))
+                waiting[kind] = queue[whole:]
+            for _, images in sorted(full, key=itemgetter(0)):
+                if passed >= self.start_step:
+                    yield images
+                passed += 1
 
 
 def loader(

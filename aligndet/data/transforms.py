@@ -1,17 +1,22 @@
-"""Reading, resizing, flipping and colour, on uint8 images; boxes stay on the pixels they mark."""
+"""Reading, resizing and flipping, on uint8 images; boxes stay on the pixels they mark."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import cv2
 import numpy as np
 import torch
 from torch import Tensor
-from torchvision.transforms.v2 import functional as F
 
 from aligndet.data.headers import file_bytes, is_truncated
+
+FLAGS = {
+    1: cv2.IMREAD_COLOR,
+    2: cv2.IMREAD_REDUCED_COLOR_2,
+    4: cv2.IMREAD_REDUCED_COLOR_4,
+    8: cv2.IMREAD_REDUCED_COLOR_8,
+}
 
 
 def read_image(path: str | Path) -> np.ndarray:
@@ -34,12 +39,15 @@ def read_file(path: str | Path) -> np.ndarray:
         raise ValueError(f"image {path}: cannot be read: {error}") from None
 
 
-def decode_image(data: np.ndarray, path: str | Path) -> np.ndarray:
-    """``read_image`` of bytes read; ``path`` for messages. Half a file is refused, which OpenCV fills up with grey."""
+def decode_image(data: np.ndarray, path: str | Path, reduction: int = 1) -> np.ndarray:
+    """``read_image`` of bytes read; ``path`` for messages. Half a file is refused, which OpenCV fills up with grey.
+
+    A ``reduction`` of 2, 4 or 8 decodes a JPEG at a fraction of its size: blocks of 8 x 8 px become 4 x 4, 2 x 2 or 1.
+    """
     if is_truncated(data.tobytes()):
         raise ValueError(f"image {path}: truncated: the file ends before the image does ({data.size} bytes)")
     try:
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+        image = cv2.imdecode(data, FLAGS[reduction]) if data.size else None
     except cv2.error:
         image = None
     if image is None:
@@ -66,11 +74,17 @@ def resize(image: Tensor, short_side: int, long_side: int) -> tuple[Tensor, Tens
     factors = torch.tensor([new_width / width, new_height / height] * 2, dtype=torch.float32)
     if (new_height, new_width) == (height, width):
         return image, factors
-    pixels = image.permute(1, 2, 0).numpy()
-    # Area averaging where the image shrinks, so that fine texture does not alias; bilinear where it grows.
-    way = cv2.INTER_AREA if new_height < height else cv2.INTER_LINEAR
-    changed = cv2.resize(pixels, (new_width, new_height), interpolation=way)
+    changed = resampled(image.permute(1, 2, 0).numpy(), (new_height, new_width))
     return torch.from_numpy(changed).permute(2, 0, 1), factors
+
+
+def resampled(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """A uint8 [H, W, 3] image at ``size`` (height, width) px; itself where it has it."""
+    if pixels.shape[:2] == size:
+        return pixels
+    # Area averaging where the image shrinks, so that fine texture does not alias; bilinear where it grows.
+    way = cv2.INTER_AREA if size[0] < pixels.shape[0] else cv2.INTER_LINEAR
+    return cv2.resize(pixels, (size[1], size[0]), interpolation=way)
 
 
 def flip(image: Tensor, boxes: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
@@ -78,27 +92,3 @@ def flip(image: Tensor, boxes: Tensor, width: int | None = None) -> tuple[Tensor
     width = image.shape[2] if width is None else width
     x0, y0, x1, y1 = boxes.unbind(1)
     return image.flip(2), torch.stack([width - x1, y0, width - x0, y1], dim=1)
-
-
-def _factor(magnitude: int) -> float:
-    return 0.1 + 0.18 * magnitude
-
-
-# Magnitudes are whole numbers 1 .. 9 (method section 3).
-COLOURS: dict[str, Callable[[Tensor, int], Tensor]] = {
-    "identity": lambda image, magnitude: image,
-    "autocontrast": lambda image, magnitude: F.autocontrast(image),
-    "equalize": lambda image, magnitude: F.equalize(image),
-    "solarize": lambda image, magnitude: F.solarize(image, threshold=int(25.6 * magnitude)),
-    "colour": lambda image, magnitude: F.adjust_saturation(image, _factor(magnitude)),
-    "contrast": lambda image, magnitude: F.adjust_contrast(image, _factor(magnitude)),
-    "brightness": lambda image, magnitude: F.adjust_brightness(image, _factor(magnitude)),
-    "sharpness": lambda image, magnitude: F.adjust_sharpness(image, _factor(magnitude)),
-    "posterize": lambda image, magnitude: F.posterize(image, bits=4 - int(0.4 * magnitude)),
-}
-
-
-def random_colour(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """One of the nine colour operations, uniformly, at a random magnitude; uint8 [3, H, W] in and out."""
-    name = list(COLOURS)[int(rng.integers(len(COLOURS)))]
-    return COLOURS[name](image, int(rng.integers(1, 10)))

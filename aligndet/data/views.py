@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -10,12 +12,33 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from aligndet.data.augment import Size, Window, plain_window
 from aligndet.data.batch import Sample
+from aligndet.data.colours import COLOURS, draw_colour
+from aligndet.data.decode import open_picture, reduction_for
 from aligndet.data.proposals import ProposalFile
 from aligndet.data.retry import first_readable
-from aligndet.data.transforms import flip, random_colour, read_image, resize
+from aligndet.data.transforms import flip, read_image
 
 ORDERS = ("random", "first")
+
+
+class _Plan(NamedTuple):
+    """What one view does with its image."""
+
+    window: Window
+    mirrored: bool
+    colour: tuple[str, int] | None  # name and magnitude
+
+
+class _Loaded(NamedTuple):
+    """An image of ``size`` (height, width) px, perhaps decoded smaller, with the proposals that both views have."""
+
+    row: int
+    ids: Tensor
+    size: Size
+    pixels: np.ndarray
+    plans: tuple[_Plan, _Plan]
 
 
 class ViewPairs(Dataset[tuple[Sample, Sample]]):
@@ -35,6 +58,7 @@ class ViewPairs(Dataset[tuple[Sample, Sample]]):
         order: "random", or "first" to take the subset from the beginning of the file, as the reference does.
         pad_first: pad to a multiple of 32 px before flip and colour, as the reference does (a mistake: boxes of flipped
             images are then off by the padding); for measuring what that costs.
+        fast_decode: decode large JPEGs at 1/2, 1/4 or 1/8 where that is no smaller than both views.
         on_error: "skip" takes the next image for one that cannot be read and says so in ``Sample.skipped``.
 
     Raises:
@@ -57,6 +81,7 @@ class ViewPairs(Dataset[tuple[Sample, Sample]]):
         proposals_per_image: int | None = None,
         order: str = "random",
         pad_first: bool = False,
+        fast_decode: bool = True,
         on_error: str = "skip",
         seed: int = 0,
     ) -> None:
@@ -73,43 +98,63 @@ class ViewPairs(Dataset[tuple[Sample, Sample]]):
         self.proposals_per_image, self.on_error, self.seed = proposals_per_image, on_error, seed
         if order not in ORDERS:
             raise ValueError(f"order: want one of {', '.join(ORDERS)}, got {order!r}")
-        self.order, self.pad_first = order, pad_first
+        self.order, self.pad_first, self.fast_decode = order, pad_first, fast_decode
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Sample, Sample]:
         index, position = key
-        (row, pixels), skipped = first_readable(self._load, index, len(self), self.on_error)
-        rng = np.random.default_rng((self.seed, position))
-        number = len(self.proposals.boxes_of(row))
-        ids = torch.arange(number)
-        if self.proposals_per_image is not None and number > self.proposals_per_image:
-            if self.order == "first":
-                ids = ids[: self.proposals_per_image]
-            else:
-                ids = torch.from_numpy(np.sort(rng.choice(number, self.proposals_per_image, replace=False)))
-        return self._view(pixels, ids, row, rng, skipped), self._view(pixels, ids, row, rng, skipped)
+        loaded, skipped = first_readable(partial(self._load, position), index, len(self), self.on_error)
+        first, second = loaded.plans
+        return self._view(loaded, first, skipped), self._view(loaded, second, skipped)
 
-    def _load(self, index: int) -> tuple[int, Tensor]:
+    def wide(self) -> np.ndarray:
+        """Which images are wider than high: bool [n]."""
+        sizes = self.proposals.sizes[self.rows]
+        return np.asarray(sizes[:, 1] > sizes[:, 0])
+
+    def _load(self, position: int, index: int) -> _Loaded:
+        """An image, decoded once for both of its views; all is drawn before, so that it need be no larger than they."""
         row = int(self.rows[index])
-        return row, torch.from_numpy(read_proposed(self.root, self.proposals, row)).permute(2, 0, 1)
+        picture = open_picture(self.root / self.proposals.names[row], self.fast_decode)
+        _check_size(picture.path, self.proposals, row, picture.size)
+        rng = np.random.default_rng((self.seed, position))
+        ids = self._subset(len(self.proposals.boxes_of(row)), rng)
+        plans = (self._plan(picture.size, rng), self._plan(picture.size, rng))
+        reduction = reduction_for(picture.size, [plan.window.size for plan in plans], picture.size)
+        return _Loaded(row, ids, picture.size, picture.pixels(reduction), plans)
 
-    def _view(self, image: Tensor, ids: Tensor, row: int, rng: np.random.Generator, skipped: tuple[str, ...]) -> Sample:
-        original = (image.shape[1], image.shape[2])
-        image, factors = resize(image, int(rng.choice(self.short_sides)), self.long_side)
-        boxes = torch.from_numpy(self.proposals.boxes_of(row))[ids] * factors
+    def _subset(self, number: int, rng: np.random.Generator) -> Tensor:
+        """The proposals that both views have: int64, ascending."""
+        limit = self.proposals_per_image
+        if limit is None or number <= limit:
+            return torch.arange(number)
+        if self.order == "first":
+            return torch.arange(limit)
+        return torch.from_numpy(np.sort(rng.choice(number, limit, replace=False)))
+
+    def _plan(self, size: Size, rng: np.random.Generator) -> _Plan:
+        window = plain_window(size, rng, short_sides=self.short_sides, long_side=self.long_side)
+        mirrored = bool(rng.random() < self.flip_probability)
+        return _Plan(window, mirrored, draw_colour(rng) if self.colour else None)
+
+    def _view(self, loaded: _Loaded, plan: _Plan, skipped: tuple[str, ...]) -> Sample:
+        ids = loaded.ids
+        image = plan.window.cut(loaded.pixels, loaded.size)
+        boxes = plan.window.place(torch.from_numpy(self.proposals.boxes_of(loaded.row))[ids])
         width = image.shape[2]
         if self.pad_first:
             image = F.pad(image, (0, -width % 32, 0, -image.shape[1] % 32))
-        if rng.random() < self.flip_probability:
+        if plan.mirrored:
             image, boxes = flip(image, boxes, width)
-        if self.colour:
-            image = random_colour(image, rng)
+        if plan.colour is not None:
+            name, magnitude = plan.colour
+            image = COLOURS[name](image, magnitude)
         keep = ((boxes[:, 2:] - boxes[:, :2]) > 0.01).all(dim=1)
         boxes, ids = boxes[keep], ids[keep]
-        labels = torch.from_numpy(self.proposals.labels_of(row))[ids]
-        return Sample(image, boxes, labels, ids, original, row, skipped)
+        labels = torch.from_numpy(self.proposals.labels_of(loaded.row))[ids]
+        return Sample(image, boxes, labels, ids, loaded.size, loaded.row, skipped)
 
 
 def read_proposed(root: Path, proposals: ProposalFile, row: int) -> np.ndarray:
@@ -120,10 +165,13 @@ def read_proposed(root: Path, proposals: ProposalFile, row: int) -> np.ndarray:
     """
     path = root / proposals.names[row]
     image = read_image(path)
-    recorded = tuple(int(side) for side in proposals.sizes[row])
-    if image.shape[:2] != recorded:
-        raise ValueError(
-            f"image {path}: its proposals are for {recorded[1]} x {recorded[0]} px, "
-            f"the file has {image.shape[1]} x {image.shape[0]}"
-        )
+    _check_size(path, proposals, row, (image.shape[0], image.shape[1]))
     return image
+
+
+def _check_size(path: str | Path, proposals: ProposalFile, row: int, size: Size) -> None:
+    recorded = tuple(int(side) for side in proposals.sizes[row])
+    if size != recorded:
+        raise ValueError(
+            f"image {path}: its proposals are for {recorded[1]} x {recorded[0]} px, the file has {size[1]} x {size[0]}"
+        )

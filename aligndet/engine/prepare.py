@@ -17,6 +17,7 @@ from torch import nn
 from aligndet import config as settings
 from aligndet.config import Config, ModelConfig
 from aligndet.data.annotations import Annotations
+from aligndet.data.augment import Draw, detr_window, jitter_window
 from aligndet.data.batch import collate, collate_views
 from aligndet.data.crops import CropPairs
 from aligndet.data.folder import list_images
@@ -97,6 +98,7 @@ def batches(config: Config, training: Training, stage: Stage) -> Iterable[tuple[
         seed=config.seed,
         start_step=training.start,
         steps=training.steps,
+        wide=stage.wide,
     )
     return loader(stage.dataset, sampler, stage.join, config.data.workers, world.device.type == "cuda")
 
@@ -159,6 +161,7 @@ class Stage:
     name_of: Callable[[int], str]
     ema: EMA | None = None
     validate: Callable[[], dict[str, Any]] | None = None
+    wide: np.ndarray | None = None
 
 
 def _pretraining(config: Config, log: Log, world: World) -> Stage:
@@ -176,6 +179,7 @@ def _pretraining(config: Config, log: Log, world: World) -> Stage:
         proposals_per_image=data.proposals_per_image,
         order="first" if "first" in mistakes else data.proposal_order,
         pad_first="padding" in mistakes,
+        fast_decode=data.fast_decode,
         on_error=data.on_error,
         seed=config.seed,
     )
@@ -186,6 +190,7 @@ def _pretraining(config: Config, log: Log, world: World) -> Stage:
         raise ValueError(
             f"method.classification: {data.proposals} has no pseudo-classes; `aligndet cluster` makes some"
         )
+    wide = dataset.wide() if data.group_aspect else None
     # On its device at once: the method looks at its losses while it is built, and ranks share values on their GPUs.
     detector = build_detector(**pretraining_arguments(config)).to(world.device)
     if config.model.backbone_weights is None:
@@ -195,10 +200,10 @@ def _pretraining(config: Config, log: Log, world: World) -> Stage:
     if method.name == "soco":
         competitor = SoCo(detector, embedding=method.embedding)
         ema = EMA(competitor.averaged, competitor.momentum)
-        return Stage(dataset, collate_views, competitor, detector.backbone, proposals.names.__getitem__, ema)
+        return Stage(dataset, collate_views, competitor, detector.backbone, proposals.names.__getitem__, ema, wide=wide)
     model = _aligndet(config, detector, mistakes)
     name_of = proposals.names.__getitem__
-    return Stage(dataset, collate_views, model, detector.backbone, name_of, _momentum_branch(model))
+    return Stage(dataset, collate_views, model, detector.backbone, name_of, _momentum_branch(model), wide=wide)
 
 
 def _aligndet(config: Config, detector: Detector, mistakes: tuple[str, ...]) -> AlignDet:
@@ -246,9 +251,11 @@ def _fine_tuning(config: Config, log: Log, world: World) -> Stage:
         long_side=data.long_side,
         flip_probability=data.flip,
         crowds=data.crowds,
+        fast_decode=data.fast_decode,
         on_error=data.on_error,
         seed=config.seed,
         rows=rows,
+        window=_window(config),
     )
     log.note(f"{data.train}: {len(dataset)} labelled images, {dataset.without_boxes} without boxes are left out")
     for line in annotations.report_lines():
@@ -267,7 +274,25 @@ def _fine_tuning(config: Config, log: Log, world: World) -> Stage:
         return metrics_of(config, detector, annotations.class_names, detections)
 
     names = dict(zip(annotations.image_ids.tolist(), annotations.file_names, strict=True))
-    return Stage(dataset, _single, FineTune(detector), detector.backbone, names.__getitem__, validate=validate)
+    join = partial(_single, size=(data.jitter_size, data.jitter_size) if data.augment == "jitter" else None)
+    wide = dataset.wide() if data.group_aspect else None
+    return Stage(dataset, join, FineTune(detector), detector.backbone, names.__getitem__, validate=validate, wide=wide)
+
+
+def _window(config: Config) -> Draw | None:
+    """What ``data.augment`` draws for each labelled image; None: the whole image, resized."""
+    data = config.data
+    if data.augment == "detr":
+        return partial(
+            detr_window,
+            short_sides=data.short_side,
+            long_side=data.long_side,
+            first_sides=data.crop_first,
+            crop_sides=(data.crop_sides[0], data.crop_sides[1]),
+        )
+    if data.augment == "jitter":
+        return partial(jitter_window, size=data.jitter_size, scale=(data.jitter_scale[0], data.jitter_scale[1]))
+    return None
 
 
 def _image_domain(config: Config, log: Log, world: World) -> Stage:
@@ -345,5 +370,5 @@ def _momentum_branch(model: AlignDet) -> EMA | None:
     return None if model.momentum is None else EMA(model.online, model.momentum, apart=("predictors.score.",))
 
 
-def _single(samples: Sequence[Any]) -> tuple[Batch]:
-    return (collate(samples),)
+def _single(samples: Sequence[Any], size: tuple[int, int] | None) -> tuple[Batch]:
+    return (collate(samples, size=size),)

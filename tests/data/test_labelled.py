@@ -184,8 +184,8 @@ def test_evaluation_keeps_every_image_in_order(tmp_path: Path) -> None:
         strict[1]
 
 
-def all_samples(**settings: int) -> list[list[tuple[int, int]]]:
-    return list(StepSampler(**settings))  # type: ignore[arg-type]
+def all_samples(**settings: Any) -> list[list[tuple[int, int]]]:
+    return list(StepSampler(**settings))
 
 
 def test_stream_has_no_duplicates_within_an_epoch_and_all_images() -> None:
@@ -215,6 +215,58 @@ def test_stream_resumes_anywhere() -> None:
     whole = all_samples(length=11, batch=4, steps=9, accumulate=2)
     for start in (0, 1, 5, 9):
         assert all_samples(length=11, batch=4, steps=9, accumulate=2, start_step=start) == whole[2 * start :]
+
+
+WIDE = np.random.default_rng(2).random(53) < 0.7
+
+
+def test_steps_of_one_aspect_lose_no_image() -> None:
+    """53 images in steps of 4: after e epochs each has come e times, but for at most 3 of a kind that wait."""
+    settings = {"length": 53, "batch": 4, "seed": 3, "wide": WIDE}
+    steps = all_samples(steps=200, **settings)
+    assert [position for step in steps for _, position in step] == list(range(800))
+    assert all(len({bool(WIDE[index]) for index, _ in step}) == 1 for step in steps)
+    kinds = [bool(WIDE[step[0][0]]) for step in steps]
+    assert 0 < sum(kinds) < len(kinds)
+    assert kinds != sorted(kinds), "kinds alternate"
+    for number in (14, 53, 106, 200):
+        counts = np.bincount([index for step in steps[:number] for index, _ in step], minlength=53)
+        # Of the epochs that have begun at most 3 images of each kind wait, and the last one is not over.
+        assert counts.max() - counts.min() <= 2, number
+    counts = np.bincount([index for step in steps for index, _ in step], minlength=53)
+    assert counts.sum() == 800
+    assert set(counts.tolist()) <= {14, 15, 16}
+    orders = [tuple(index for index, _ in step) for step in steps]
+    assert len(set(orders)) > 190, "no step comes twice"
+
+
+def test_steps_of_one_aspect_resume_and_are_shared_by_ranks() -> None:
+    settings = {"length": 53, "batch": 12, "steps": 40, "seed": 3, "wide": WIDE}
+    whole = all_samples(**settings)
+    for start in (0, 1, 7, 23, 40):
+        assert all_samples(start_step=start, **settings) == whole[start:]
+    for world, accumulate in ((2, 1), (3, 2), (1, 4)):
+        parts = [all_samples(rank=rank, world=world, accumulate=accumulate, **settings) for rank in range(world)]
+        for step, wanted in enumerate(whole):
+            passes = range(step * accumulate, (step + 1) * accumulate)
+            assert [item for number in passes for part in parts for item in part[number]] == wanted
+    alike = {"length": 11, "batch": 4, "steps": 9}
+    for wide in (np.ones(11, bool), np.zeros(11, bool)):
+        assert all_samples(wide=wide, **alike) == all_samples(**alike), "one kind only: as without"
+    assert len(all_samples(length=3, batch=7, steps=2, wide=np.array([True, False, True]))[0]) == 7
+
+
+def test_what_is_wide_is_read_from_labels_or_else_from_headers(tmp_path: Path) -> None:
+    path = coco(tmp_path)
+    cv2.imwrite(str(tmp_path / "train/0.png"), np.zeros((90, 60, 3), np.uint8))
+    sizes = [{"id": 40 + i, "file_name": f"{i}.png"} for i in range(4)]
+    options: dict[str, Any] = {"short_sides": (30,), "long_side": 90}
+    assert LabelledImages(load_coco(path), tmp_path / "train", **options).wide().tolist() == [True, True]
+    path = coco(tmp_path, images=sizes)
+    cv2.imwrite(str(tmp_path / "train/0.png"), np.zeros((90, 60, 3), np.uint8))
+    data = LabelledImages(load_coco(path), tmp_path / "train", **options)
+    assert data.wide().tolist() == [False, True]
+    assert data.annotations.sizes.max() == 0, "what the labels say stays"
 
 
 def test_worker_count_changes_nothing(tmp_path: Path) -> None:

@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from aligndet.data.batch import Sample, collate, collate_views
+from aligndet.data.colours import COLOURS
 from aligndet.data.crops import CropPairs
 from aligndet.data.proposals import ProposalFile, open_proposals, write_proposals
-from aligndet.data.transforms import COLOURS, flip, read_image, resize, resized_size
+from aligndet.data.transforms import flip, read_image, resize, resized_size
 from aligndet.data.views import ViewPairs
 
 

@@ -1,0 +1,34 @@
+"""Settings that do nothing together, or contradict each other; ``config`` asks here."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from aligndet.config import DataConfig
+
+READ_BY = {"crop_first": "detr", "crop_sides": "detr", "jitter_size": "jitter", "jitter_scale": "jitter"}
+
+
+def check_augmentation(data: DataConfig, plain: DataConfig, batch: int) -> None:
+    """Refuse settings of one way of augmentation with another, and ranges that are none.
+
+    Args:
+        plain: the defaults.
+        batch: images per step.
+    """
+    for name, way in READ_BY.items():
+        if data.augment != way and getattr(data, name) != getattr(plain, name):
+            raise ValueError(f"data.{name}: only read by data.augment {way}, which is {data.augment} here; remove it")
+    if data.augment == "jitter" and data.short_side != plain.short_side:
+        raise ValueError("data.short_side: not read by data.augment jitter, which has jitter_size; remove it")
+    if not data.crop_first:
+        raise ValueError("data.crop_first: want at least one size")
+    for name in ("crop_sides", "jitter_scale"):
+        values = getattr(data, name)
+        if len(values) != 2 or values[0] > values[1]:
+            raise ValueError(f"data.{name}: want two ascending numbers, least and most, got {list(values)}")
+    if data.group_aspect and data.augment == "jitter":
+        raise ValueError("data.group_aspect: has no effect with data.augment jitter, whose images are all squares")
+    if data.group_aspect and batch == 1:
+        raise ValueError("data.group_aspect: has no effect with optim.batch 1")

@@ -17,7 +17,8 @@ class Log:
     """``log.jsonl`` in the run folder, and words for people on stderr; silent on all ranks but the first.
 
     Records: {"step", "steps", "losses", "lr", "gradient_norm", "data_time", "step_time", "eta"} for steps (times in
-    seconds, of that step), {"step", "metrics"}, {"step", "warning"} and {"note"} otherwise; each has "time", seconds
+    seconds, of that step), {"step", "metrics"} (with "raw" beside averaged
+    weights), {"step", "warning"} and {"note"} otherwise; each has "time", seconds
     since 1970.
     """
 
@@ -57,10 +58,11 @@ class Log:
         else:
             self._say(line)
 
-    def metrics(self, step: int, metrics: dict[str, Any]) -> None:
-        """Validation after ``step`` steps."""
-        self._write({"step": step, "metrics": metrics})
-        self._say(f"step {step}  AP {100 * metrics['AP']:.1f}  AP50 {100 * metrics['AP50']:.1f}")
+    def metrics(self, step: int, metrics: dict[str, Any], raw: dict[str, Any] | None = None) -> None:
+        """Validation after ``step`` steps; ``raw``: of the weights themselves, where ``metrics`` is of an average."""
+        self._write({"step": step, "metrics": metrics} | ({} if raw is None else {"raw": raw}))
+        beside = "" if raw is None else f"  (of averaged weights; weights themselves: AP {100 * raw['AP']:.1f})"
+        self._say(f"step {step}  AP {100 * metrics['AP']:.1f}  AP50 {100 * metrics['AP50']:.1f}{beside}")
 
     def truncate(self, step: int) -> None:
         """Drop the records after ``step`` and a torn last line, so that a continued run has each step once."""

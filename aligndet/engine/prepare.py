@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -27,8 +27,9 @@ from aligndet.data.splits import choose_labelled
 from aligndet.data.stream import StepSampler, loader
 from aligndet.data.views import ViewPairs
 from aligndet.engine import distributed
+from aligndet.engine.best import Validation
 from aligndet.engine.distributed import World
-from aligndet.engine.ema import EMA
+from aligndet.engine.ema import EMA, ModelAverage
 from aligndet.engine.log import Log
 from aligndet.engine.loop import Training, resume
 from aligndet.engine.open_run import Run, open_run
@@ -44,7 +45,7 @@ from aligndet.protocol import Detector
 from aligndet.reference import with_mistakes
 from aligndet.soco import SoCo
 from aligndet.structures import Batch
-from aligndet.weights import load_backbone, load_pretrained
+from aligndet.weights import export_detector, load_backbone, load_pretrained
 
 # Options of the detector's class, where the config sets them.
 OPTIONS = (
@@ -158,7 +159,8 @@ class Stage:
     backbone: nn.Module
     name_of: Callable[[int], str]
     ema: EMA | None = None
-    validate: Callable[[], dict[str, Any]] | None = None
+    measure: Callable[[nn.Module], dict[str, Any]] | None = None
+    export: Callable[[nn.Module], dict[str, Any]] | None = None
 
 
 def _pretraining(config: Config, log: Log, world: World) -> Stage:
@@ -262,12 +264,18 @@ def _fine_tuning(config: Config, log: Log, world: World) -> Stage:
     else:
         log.warning(0, "neither weights nor model.backbone_weights is set: everything starts from random weights")
 
-    def validate() -> dict[str, Any]:
-        detections = detections_on(config, detector, annotations.class_names, world)
-        return metrics_of(config, detector, annotations.class_names, detections)
+    def measure(model: nn.Module) -> dict[str, Any]:
+        network = cast(FineTune, model).detector
+        detections = detections_on(config, network, annotations.class_names, world)
+        return metrics_of(config, network, annotations.class_names, detections)
 
-    names = dict(zip(annotations.image_ids.tolist(), annotations.file_names, strict=True))
-    return Stage(dataset, _single, FineTune(detector), detector.backbone, names.__getitem__, validate=validate)
+    def export(model: nn.Module) -> dict[str, Any]:
+        build = detector_arguments(config.model, len(annotations.class_names))
+        content = export_detector(cast(FineTune, model).detector, annotations.class_names, build)
+        return content | {"config": settings.to_dict(config)}
+
+    name_of = dict(zip(annotations.image_ids.tolist(), annotations.file_names, strict=True)).__getitem__
+    return Stage(dataset, _single, FineTune(detector), detector.backbone, name_of, measure=measure, export=export)
 
 
 def _image_domain(config: Config, log: Log, world: World) -> Stage:
@@ -315,6 +323,7 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
         warmup=optim.warmup,
         warmup_ratio=optim.warmup_ratio,
     )
+    every = config.eval_every or per_epoch * (config.eval_every_epochs or 0)
     return Training(
         model=stage.model,
         optimizer=optimizer,
@@ -332,13 +341,19 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
         clip=optim.clip,
         amp=optim.amp,
         log_every=config.log_every,
-        validate=stage.validate,
-        eval_every=config.eval_every,
+        average=None if config.ema is None else ModelAverage(stage.model, config.ema),
+        validation=_validation(stage, every, config.early_stop),
         save_every=config.save_every,
         keep=config.keep_checkpoints,
         nonfinite=config.nonfinite,
         name_of=stage.name_of,
     )
+
+
+def _validation(stage: Stage, every: int, patience: int | None) -> Validation | None:
+    if not every or stage.measure is None or stage.export is None:
+        return None
+    return Validation(stage.measure, stage.export, every, patience)
 
 
 def _momentum_branch(model: AlignDet) -> EMA | None:

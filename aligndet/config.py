@@ -160,6 +160,8 @@ class Config:
     eval_every_epochs: int | None = knob(None, above=0, tasks=(FINETUNE,))  # the same in epochs
     early_stop: int | None = knob(None, above=0, tasks=(FINETUNE,))  # end after so many validations with no better AP
     ema: float | None = knob(None, above=0, tasks=(FINETUNE,))  # decay of averaged weights, as 0.999; see engine/ema.py
+    tensorboard: bool = knob(False)  # figures for TensorBoard too, in <run>/tensorboard; needs the package
+    wandb: str | None = knob(None)  # the W&B project to send figures to; needs the package
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     method: MethodConfig = field(default_factory=MethodConfig)

@@ -40,6 +40,7 @@ def finish(config: Config, training: Training) -> Path:
         training.log.note(f"{path}: written after {training.done} steps{averaged}, {training.skipped} images skipped")
     if config.task == settings.FINETUNE and config.data.val is not None:
         _measure(config, training)
+    training.log.close()
     barrier(training.world)
     return path
 
@@ -51,6 +52,9 @@ def _measure(config: Config, training: Training) -> None:
     same_buffers(result, world)
     found = {name: evaluate(config, cast(FineTune, result).detector, classes, world, training.folder)}
     training.log.note(summary(found[name]))
+    training.log.figures(
+        training.done, {"validation": {key: found[name][key] for key in found[name] if key != "classes"}}
+    )
     for other, model in others:
         same_buffers(model, world)
         detector = cast(FineTune, model).detector

@@ -19,7 +19,7 @@ from aligndet.engine.best import AVERAGE, RAW, Validation
 from aligndet.engine.distributed import World
 from aligndet.engine.ema import EMA, ModelAverage
 from aligndet.engine.guard import Step
-from aligndet.engine.log import Log
+from aligndet.engine.log import Log, memory_gib
 from aligndet.structures import Batch
 
 PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -39,6 +39,7 @@ class Training:
         log: JSON lines and the progress line.
         folder: run folder; checkpoints go there.
         config: plain values of the run's config, stored in the checkpoint.
+        batch: images per optimizer step, on all ranks; ``images``: of the data set, one epoch.
         accumulate: batches per optimizer step.
         clip: largest L2 norm of the gradient, or None.
         amp: "off", "bf16" or "fp16".
@@ -66,6 +67,8 @@ class Training:
     folder: Path
     world: World
     config: dict[str, Any]
+    batch: int
+    images: int
     accumulate: int
     clip: float | None
     amp: str
@@ -93,6 +96,15 @@ class Training:
         """What can be validated and exported; the last one is the result of the run."""
         return {RAW: self.model} | ({} if self.average is None else {AVERAGE: self.average.module})
 
+    def figures(self) -> dict[str, float]:
+        """What is worth a line of the log after ``done`` steps, besides what the step itself knows."""
+        found = {"epoch": self.done * self.batch / self.images, "memory_gib": memory_gib(self.world.device)}
+        if self.ema is not None:
+            found["momentum"] = self.momentum(self.done - 1)
+        elif self.average is not None:
+            found["momentum"] = self.average.decay
+        return found
+
 
 def fit(training: Training) -> None:
     """Train from ``training.start`` to ``training.steps``; repeating the command continues from the last checkpoint.
@@ -110,6 +122,7 @@ def fit(training: Training) -> None:
     parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
     unread: list[str] = []
     recent: list[Step] = []  # the steps since losses were last read
+    spent = 0.0  # seconds in those
     bad_in_a_row, first_bad = 0, torch.tensor(guard.NEVER, device=world.device)
     with guard.stop_signals() as signals:
         stream = iter(t.loader)
@@ -162,11 +175,18 @@ def fit(training: Training) -> None:
 
             done = t.done = step + 1
             saves = done % t.save_every == 0 or done == t.steps or signal > 0
-            if saves or done % t.log_every == 0 or step == t.start:
-                values = _read(sums, first_bad, recent, t)
+            logs = saves or done % t.log_every == 0 or step == t.start
+            losses_read = _read(sums, first_bad, recent, t) if logs else {}
+            step_time = time.perf_counter() - began
+            spent += step_time
+            if logs:
                 _report(t, done, unread)
-                times = {"data_time": data_time, "step_time": time.perf_counter() - began}
-                t.log.progress(done, t.steps, values, {"lr": rate, "gradient_norm": norm.item(), **times})
+                times = {"data_time": data_time, "step_time": step_time}
+                times["images_per_second"] = len(recent) * t.batch / spent
+                figures = {"lr": rate, "gradient_norm": norm.item(), **times, **t.figures()}
+                t.log.progress(done, t.steps, losses_read, figures)
+                recent.clear()
+                spent = 0.0
             improved, ends = _validated(t)
             if saves or improved or ends:
                 save(t, done, improved)
@@ -310,7 +330,6 @@ def _read(sums: dict[str, Tensor], first_bad: Tensor, recent: list[Step], traini
         first = min(distributed.gather_objects(int(first_bad.item()), training.world))
         if first < guard.NEVER:
             give_up(training, first, recent)
-    recent.clear()
     return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
 

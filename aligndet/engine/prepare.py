@@ -28,6 +28,8 @@ from aligndet.data.stream import StepSampler, loader
 from aligndet.data.views import ViewPairs
 from aligndet.engine import distributed
 from aligndet.engine.best import Validation
+from aligndet.engine.boards import check_boards, open_boards
+from aligndet.engine.cocoeval import evaluator_note
 from aligndet.engine.distributed import World
 from aligndet.engine.ema import EMA, ModelAverage
 from aligndet.engine.log import Log
@@ -62,6 +64,7 @@ def prepare(config: Config, world: World) -> Training:
         ValueError, FileNotFoundError: data, weights or checkpoint do not serve; nothing has been written then except
             the run folder with its config.
     """
+    check_boards(config)
     _seed_all(config.seed)
     run = open_run(config, world)
     log = Log(run.folder, world)
@@ -82,6 +85,8 @@ def prepare(config: Config, world: World) -> Training:
     else:
         log.truncate(0)
     _same_step(training)
+    if world.rank == 0:
+        log.boards = open_boards(config, run.folder, training.config, training.start, log.last)
     training.loader = batches(config, training, stage)
     return training
 
@@ -255,6 +260,8 @@ def _fine_tuning(config: Config, log: Log, world: World) -> Stage:
     log.note(f"{data.train}: {len(dataset)} labelled images, {dataset.without_boxes} without boxes are left out")
     for line in annotations.report_lines():
         log.warning(0, line)
+    if data.val is not None:
+        log.note(evaluator_note())
     detector = build_detector(**detector_arguments(config.model, len(annotations.class_names)))
     if config.weights is not None:
         kept = config.method.keep_predictors and not config.method.reference_compatible
@@ -337,6 +344,8 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
         folder=run.folder,
         world=world,
         config=settings.to_dict(config),
+        batch=optim.batch,
+        images=len(stage.dataset),
         accumulate=optim.accumulate,
         clip=optim.clip,
         amp=optim.amp,

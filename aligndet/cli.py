@@ -16,6 +16,7 @@ from aligndet import convert, demo
 from aligndet.config import Config, load_config
 from aligndet.data import check, convert_proposals, propose, shards, split
 from aligndet.engine import cluster, distributed, predictions, replay
+from aligndet.engine.cocoeval import evaluator_note
 from aligndet.engine.finish import evaluate, finish, summary
 from aligndet.engine.guard import Stopped
 from aligndet.engine.loop import fit
@@ -88,6 +89,7 @@ def evaluate_weights(argv: Sequence[str] | None = None) -> int:
             metrics = evaluate(config, detector, classes, world, folder)
             if world.rank == 0:
                 print(summary(metrics, args.per_class))
+                print(evaluator_note())
                 print(f"{folder}: metrics.json, predictions.json")
         finally:
             distributed.stop(world)

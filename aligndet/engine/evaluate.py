@@ -1,9 +1,8 @@
-"""Average precision by pycocotools, detections of a whole data set, and predictions in COCO's format."""
+"""COCO's average precision, detections of a whole data set, and predictions in COCO's format."""
 
 from __future__ import annotations
 
 import contextlib
-import io
 import json
 import math
 import os
@@ -18,10 +17,10 @@ import numpy as np
 import torch
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
-from pycocotools.cocoeval import COCOeval
 from torch import Tensor
 
 from aligndet.data.annotations import Annotations
+from aligndet.engine.cocoeval import averaged
 from aligndet.engine.distributed import World, gather_objects
 from aligndet.engine.truth import Truth, by_image, check_detections, read_json, read_truth
 from aligndet.protocol import Detector
@@ -74,15 +73,11 @@ def coco_metrics(
         raise ValueError(f"iou_type: want one of {', '.join(IOU_TYPES)}, got {iou_type!r}")
     truth = read_truth(annotation_file, classes)
     found = _records(by_image(detections, truth), truth, iou_type)
-    with contextlib.redirect_stdout(io.StringIO()):
-        evaluation = COCOeval(_coco(truth, _true_records(truth, iou_type)), _coco(truth, found), iou_type)
-        evaluation.params.catIds = list(truth.categories)
-        evaluation.evaluate()
-        evaluation.accumulate()
-        evaluation.summarize()
-    metrics: dict[str, Any] = dict(zip(METRICS, map(_known, evaluation.stats), strict=True))
+    values, precision, columns = averaged(truth, _true_records(truth, iou_type), found, iou_type)
+    metrics: dict[str, Any] = dict(zip(METRICS, map(_known, values), strict=True))
     if per_class:
-        metrics["classes"] = _per_class(evaluation, truth.names)
+        rows = {category_id: precision[..., column] for column, category_id in enumerate(columns)}
+        metrics["classes"] = {truth.names[category_id]: _of_class(rows[category_id]) for category_id in truth.names}
     return metrics
 
 
@@ -255,27 +250,9 @@ def _area(record: Mapping[str, Any], truth: Truth) -> float:
     return float(rle.area(helper.annToRLE(record)))
 
 
-def _coco(truth: Truth, records: list[dict[str, Any]]) -> COCO:
-    """A COCO object from memory; unlike ``loadRes`` it works without detections and without "info"."""
-    coco = COCO()
-    images = [{"id": image_id, "height": size[0], "width": size[1]} for image_id, size in truth.sizes.items()]
-    categories = [{"id": category_id, "name": name} for category_id, name in truth.categories.items()]
-    known = [record for record in records if record["category_id"] in truth.categories]
-    coco.dataset = {"info": {}, "images": images, "categories": categories, "annotations": known}
-    coco.createIndex()
-    return coco
-
-
-def _per_class(evaluation: COCOeval, categories: Mapping[int, str]) -> dict[str, dict[str, float]]:
-    """AP and AP50 of each class, by its name in ``categories``."""
-    # [T, R, K, A, M]: IoU thresholds, recalls, categories by ascending id, areas (0 = all), limits (last = 100)
-    precision = evaluation.eval["precision"][..., 0, -1]  # [T, R, K]
-    columns = {category_id: column for column, category_id in enumerate(evaluation.params.catIds)}
-    result = {}
-    for category_id, name in categories.items():
-        values = precision[..., columns[category_id]]
-        result[name] = {"AP": _known(values.mean()), "AP50": _known(values[0].mean())}
-    return result
+def _of_class(precision: np.ndarray) -> dict[str, float]:
+    """AP and AP50 of one class; ``precision`` [T, R] at each IoU threshold and recall."""
+    return {"AP": _known(precision.mean()), "AP50": _known(precision[0].mean())}
 
 
 def _known(value: float) -> float:

@@ -10,7 +10,8 @@ from typing import Any, cast
 from aligndet import config as settings
 from aligndet.config import Config
 from aligndet.engine import checkpoint
-from aligndet.engine.distributed import World, barrier
+from aligndet.engine.best import same_buffers
+from aligndet.engine.distributed import World, barrier, gather_objects
 from aligndet.engine.evaluate import save_predictions
 from aligndet.engine.loop import Training
 from aligndet.engine.prepare import detector_arguments, pretraining_arguments, training_annotations
@@ -35,15 +36,36 @@ def finish(config: Config, training: Training) -> Path:
         checkpoint.save(
             path, _export(config, training) | {"config": training.config, "versions": checkpoint.versions()}
         )
-        training.log.note(f"{path}: written after {training.steps} steps, {training.skipped} images skipped")
+        averaged = "" if training.average is None else f", averaged with decay {training.average.decay:.4g}"
+        training.log.note(f"{path}: written after {training.done} steps{averaged}, {training.skipped} images skipped")
     if config.task == settings.FINETUNE and config.data.val is not None:
-        annotations, _, _ = training_annotations(config)
-        detector = cast(FineTune, training.model).detector
-        metrics = evaluate(config, detector, annotations.class_names, training.world, training.folder)
-        if training.world.rank == 0:
-            training.log.note(summary(metrics))
+        _measure(config, training)
+    training.log.close()
     barrier(training.world)
     return path
+
+
+def _measure(config: Config, training: Training) -> None:
+    """Metrics of what was exported and, where that is an average, of the weights themselves; ``best.pt`` if best."""
+    world, classes = training.world, training_annotations(config)[0].class_names
+    (name, result), *others = reversed(training.models.items())
+    same_buffers(result, world)
+    found = {name: evaluate(config, cast(FineTune, result).detector, classes, world, training.folder)}
+    training.log.note(summary(found[name]))
+    training.log.figures(
+        training.done, {"validation": {key: found[name][key] for key in found[name] if key != "classes"}}
+    )
+    for other, model in others:
+        same_buffers(model, world)
+        detector = cast(FineTune, model).detector
+        found[other] = metrics_of(config, detector, classes, detections_on(config, detector, classes, world))
+        training.log.note(f"of the weights themselves, not averaged:\n{summary(found[other])}")
+        if world.rank == 0:
+            both = found[name] | {"raw": found[other]}
+            (training.folder / "metrics.json").write_text(json.dumps(without_nan(both), indent=1))
+    if training.validation is not None:
+        agreed = gather_objects(found, world)[0]
+        training.validation.keep(training.folder, training.done, training.models, agreed, world)
 
 
 def evaluate(config: Config, detector: Detector, classes: Sequence[str], world: World, folder: Path) -> dict[str, Any]:
@@ -81,12 +103,13 @@ def summary(metrics: dict[str, Any], per_class: bool = False) -> str:
 
 
 def _export(config: Config, training: Training) -> dict[str, Any]:
+    *_, result = training.models.values()
     if config.task == settings.PRETRAIN:
         return export_pretrained(cast("AlignDet | SoCo", training.model), pretraining_arguments(config))
     if config.task == settings.FINETUNE:
         annotations, _, _ = training_annotations(config)
         build = detector_arguments(config.model, len(annotations.class_names))
-        return export_detector(cast(FineTune, training.model).detector, annotations.class_names, build)
+        return export_detector(cast(FineTune, result).detector, annotations.class_names, build)
     backbone = cast(SimSiam, training.model).backbone
     state = {name: value.cpu() for name, value in backbone.state_dict().items()}
     return {"kind": "backbone", "format": 1, "backbone": state}

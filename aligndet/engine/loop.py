@@ -15,10 +15,11 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 
 from aligndet.engine import checkpoint, distributed, guard, runfolder
+from aligndet.engine.best import AVERAGE, RAW, Validation
 from aligndet.engine.distributed import World
-from aligndet.engine.ema import EMA
+from aligndet.engine.ema import EMA, ModelAverage
 from aligndet.engine.guard import Step
-from aligndet.engine.log import Log
+from aligndet.engine.log import Log, memory_gib
 from aligndet.structures import Batch
 
 PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -38,11 +39,12 @@ class Training:
         log: JSON lines and the progress line.
         folder: run folder; checkpoints go there.
         config: plain values of the run's config, stored in the checkpoint.
+        batch: images per optimizer step, on all ranks; ``images``: of the data set, one epoch.
         accumulate: batches per optimizer step.
         clip: largest L2 norm of the gradient, or None.
         amp: "off", "bf16" or "fp16".
-        validate: metrics of the model as it is, on all ranks; read where ``eval_every`` is set.
-        eval_every: steps between two validations, besides the one after the run.
+        average: averaged weights of a model that is fine-tuned, or None.
+        validation: what is measured on the way; None: nothing.
         loader: one tuple of batches per forward pass, from step ``start`` on.
         start: first step to run; more than 0 after a resume.
         skipped: images that could not be read so far, on all ranks.
@@ -52,7 +54,7 @@ class Training:
         bad_steps: steps left out for that so far.
         watched: whether losses are looked at in each step, before the update. Always where that makes no device wait:
             on a processor, and with fp16, whose scaler waits anyway; and to skip a step.
-        best: the highest AP of a validation on the way, or None.
+        done: steps run so far: less than ``steps`` after an early stop.
     """
 
     model: nn.Module
@@ -65,13 +67,15 @@ class Training:
     folder: Path
     world: World
     config: dict[str, Any]
+    batch: int
+    images: int
     accumulate: int
     clip: float | None
     amp: str
     log_every: int
     save_every: int
-    validate: Callable[[], dict[str, Any]] | None = None
-    eval_every: int | None = None
+    average: ModelAverage | None = None
+    validation: Validation | None = None
     loader: Iterable[tuple[Batch, ...]] = ()
     start: int = 0
     skipped: int = 0
@@ -79,13 +83,27 @@ class Training:
     keep: int = 2
     nonfinite: str = "stop"
     bad_steps: int = 0
-    best: float | None = None
+    done: int = 0
     watched: bool = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
 
     def __post_init__(self) -> None:
         self.scaler = torch.amp.GradScaler(self.world.device.type, enabled=self.amp == "fp16")
         self.watched = self.world.device.type == "cpu" or self.amp == "fp16" or self.nonfinite == "skip"
+
+    @property
+    def models(self) -> dict[str, nn.Module]:
+        """What can be validated and exported; the last one is the result of the run."""
+        return {RAW: self.model} | ({} if self.average is None else {AVERAGE: self.average.module})
+
+    def figures(self) -> dict[str, float]:
+        """What is worth a line of the log after ``done`` steps, besides what the step itself knows."""
+        found = {"epoch": self.done * self.batch / self.images, "memory_gib": memory_gib(self.world.device)}
+        if self.ema is not None:
+            found["momentum"] = self.momentum(self.done - 1)
+        elif self.average is not None:
+            found["momentum"] = self.average.decay
+        return found
 
 
 def fit(training: Training) -> None:
@@ -104,10 +122,13 @@ def fit(training: Training) -> None:
     parameters = [p for group in t.optimizer.param_groups for p in group["params"]]
     unread: list[str] = []
     recent: list[Step] = []  # the steps since losses were last read
+    spent = 0.0  # seconds in those
     bad_in_a_row, first_bad = 0, torch.tensor(guard.NEVER, device=world.device)
     with guard.stop_signals() as signals:
         stream = iter(t.loader)
         for step in range(t.start, t.steps):
+            if t.validation is not None and t.validation.hopeless:
+                break
             began, data_time = time.perf_counter(), 0.0
             recent.append(Step(step, checkpoint.rng_state()))
             rate = t.learning_rate(step)
@@ -147,23 +168,27 @@ def fit(training: Training) -> None:
                 t.scaler.step(t.optimizer)
                 if t.ema is not None:
                     t.ema.update(t.momentum(step))
+                if t.average is not None:
+                    t.average.update()
             t.scaler.update()
             t.optimizer.zero_grad(set_to_none=True)
 
-            done = step + 1
+            done = t.done = step + 1
             saves = done % t.save_every == 0 or done == t.steps or signal > 0
-            if saves or done % t.log_every == 0 or step == t.start:
-                values = _read(sums, first_bad, recent, t)
+            logs = saves or done % t.log_every == 0 or step == t.start
+            losses_read = _read(sums, first_bad, recent, t) if logs else {}
+            step_time = time.perf_counter() - began
+            spent += step_time
+            if logs:
                 _report(t, done, unread)
-                times = {"data_time": data_time, "step_time": time.perf_counter() - began}
-                t.log.progress(done, t.steps, values, {"lr": rate, "gradient_norm": norm.item(), **times})
-            improved = False
-            if t.eval_every and t.validate and done % t.eval_every == 0 and done < t.steps:
-                metrics = t.validate()
-                t.log.metrics(done, metrics)
-                improved = metrics["AP"] > (-1.0 if t.best is None else t.best)
-                t.best = metrics["AP"] if improved else t.best
-            if saves or improved:
+                times = {"data_time": data_time, "step_time": step_time}
+                times["images_per_second"] = len(recent) * t.batch / spent
+                figures = {"lr": rate, "gradient_norm": norm.item(), **times, **t.figures()}
+                t.log.progress(done, t.steps, losses_read, figures)
+                recent.clear()
+                spent = 0.0
+            improved, ends = _validated(t)
+            if saves or improved or ends:
                 save(t, done, improved)
             if signal:
                 raise guard.Stopped(signal)
@@ -200,8 +225,12 @@ def resume(training: Training, path: Path, state: dict[str, Any]) -> None:
         t.model.load_state_dict(state["model"])
         t.optimizer.load_state_dict(state["optimizer"])
         t.scaler.load_state_dict(state["scaler"])
-        t.start, t.skipped = state["step"], state["skipped"]
-        t.bad_steps, t.best = state.get("bad_steps", 0), state.get("best")  # format 1 has neither
+        t.start, t.done, t.skipped = state["step"], state["step"], state["skipped"]
+        t.bad_steps = state.get("bad_steps", 0)  # format 1 has none
+        if t.average is not None:
+            t.average.load_state_dict(state["average"])
+        if t.validation is not None:
+            t.validation.best, t.validation.stale = state.get("best"), state.get("stale", 0)
         if len(state["rng"]) == t.world.size:
             checkpoint.set_rng_state(state["rng"][t.world.rank])
         else:
@@ -253,7 +282,9 @@ def _state(training: Training, step: int, rng: list[Any]) -> dict[str, Any]:
         "rng": rng,
         "skipped": t.skipped,
         "bad_steps": t.bad_steps,
-        "best": t.best,
+        "average": None if t.average is None else t.average.state_dict(),
+        "best": None if t.validation is None else t.validation.best,
+        "stale": 0 if t.validation is None else t.validation.stale,
         "config": t.config,
         "versions": checkpoint.versions(),
     }
@@ -279,13 +310,26 @@ def _autocast(world: World, amp: str) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(world.device.type, dtype=PRECISIONS[amp], enabled=amp != "off")
 
 
+def _validated(training: Training) -> tuple[bool, bool]:
+    """Measure the model where it is time to: whether it is the best so far, and whether the run ends without one."""
+    t = training
+    if t.validation is None or t.done % t.validation.every or t.done == t.steps:
+        return False, False
+    found = t.validation.measured(t.models, t.world)
+    t.log.metrics(t.done, found[list(t.models)[-1]], found[RAW] if AVERAGE in found else None)
+    improved = t.validation.keep(t.folder, t.done, t.models, found, t.world)
+    if t.validation.hopeless:
+        best = "none" if t.validation.best is None else f"{100 * t.validation.best:.1f}"
+        t.log.note(f"stops early after step {t.done}: {t.validation.stale} validations without more than AP {best}")
+    return improved, t.validation.hopeless
+
+
 def _read(sums: dict[str, Tensor], first_bad: Tensor, recent: list[Step], training: Training) -> dict[str, float]:
     """The losses as numbers; the run ends here where a step since the last reading was bad."""
     if not training.watched:
         first = min(distributed.gather_objects(int(first_bad.item()), training.world))
         if first < guard.NEVER:
             give_up(training, first, recent)
-    recent.clear()
     return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
 
 

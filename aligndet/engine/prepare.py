@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -28,8 +28,11 @@ from aligndet.data.splits import choose_labelled
 from aligndet.data.stream import StepSampler, loader
 from aligndet.data.views import ViewPairs
 from aligndet.engine import distributed
+from aligndet.engine.best import Validation
+from aligndet.engine.boards import check_boards, open_boards
+from aligndet.engine.cocoeval import evaluator_note
 from aligndet.engine.distributed import World
-from aligndet.engine.ema import EMA
+from aligndet.engine.ema import EMA, ModelAverage
 from aligndet.engine.log import Log
 from aligndet.engine.loop import Training, resume
 from aligndet.engine.open_run import Run, open_run
@@ -45,7 +48,7 @@ from aligndet.protocol import Detector
 from aligndet.reference import with_mistakes
 from aligndet.soco import SoCo
 from aligndet.structures import Batch
-from aligndet.weights import load_backbone, load_pretrained
+from aligndet.weights import export_detector, load_backbone, load_pretrained
 
 # Options of the detector's class, where the config sets them.
 OPTIONS = (
@@ -62,6 +65,7 @@ def prepare(config: Config, world: World) -> Training:
         ValueError, FileNotFoundError: data, weights or checkpoint do not serve; nothing has been written then except
             the run folder with its config.
     """
+    check_boards(config)
     _seed_all(config.seed)
     run = open_run(config, world)
     log = Log(run.folder, world)
@@ -82,6 +86,8 @@ def prepare(config: Config, world: World) -> Training:
     else:
         log.truncate(0)
     _same_step(training)
+    if world.rank == 0:
+        log.boards = open_boards(config, run.folder, training.config, training.start, log.last)
     training.loader = batches(config, training, stage)
     return training
 
@@ -160,7 +166,8 @@ class Stage:
     backbone: nn.Module
     name_of: Callable[[int], str]
     ema: EMA | None = None
-    validate: Callable[[], dict[str, Any]] | None = None
+    measure: Callable[[nn.Module], dict[str, Any]] | None = None
+    export: Callable[[nn.Module], dict[str, Any]] | None = None
     wide: np.ndarray | None = None
 
 
@@ -260,6 +267,8 @@ def _fine_tuning(config: Config, log: Log, world: World) -> Stage:
     log.note(f"{data.train}: {len(dataset)} labelled images, {dataset.without_boxes} without boxes are left out")
     for line in annotations.report_lines():
         log.warning(0, line)
+    if data.val is not None:
+        log.note(evaluator_note())
     detector = build_detector(**detector_arguments(config.model, len(annotations.class_names)))
     if config.weights is not None:
         kept = config.method.keep_predictors and not config.method.reference_compatible
@@ -269,14 +278,20 @@ def _fine_tuning(config: Config, log: Log, world: World) -> Stage:
     else:
         log.warning(0, "neither weights nor model.backbone_weights is set: everything starts from random weights")
 
-    def validate() -> dict[str, Any]:
-        detections = detections_on(config, detector, annotations.class_names, world)
-        return metrics_of(config, detector, annotations.class_names, detections)
+    def measure(model: nn.Module) -> dict[str, Any]:
+        network = cast(FineTune, model).detector
+        detections = detections_on(config, network, annotations.class_names, world)
+        return metrics_of(config, network, annotations.class_names, detections)
 
-    names = dict(zip(annotations.image_ids.tolist(), annotations.file_names, strict=True))
+    def export(model: nn.Module) -> dict[str, Any]:
+        build = detector_arguments(config.model, len(annotations.class_names))
+        content = export_detector(cast(FineTune, model).detector, annotations.class_names, build)
+        return content | {"config": settings.to_dict(config)}
+
+    name_of = dict(zip(annotations.image_ids.tolist(), annotations.file_names, strict=True)).__getitem__
     join = partial(_single, size=(data.jitter_size, data.jitter_size) if data.augment == "jitter" else None)
-    wide = dataset.wide() if data.group_aspect else None
-    return Stage(dataset, join, FineTune(detector), detector.backbone, names.__getitem__, validate=validate, wide=wide)
+    model, wide = FineTune(detector), dataset.wide() if data.group_aspect else None
+    return Stage(dataset, join, model, detector.backbone, name_of, measure=measure, export=export, wide=wide)
 
 
 def _window(config: Config) -> Draw | None:
@@ -340,6 +355,7 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
         warmup=optim.warmup,
         warmup_ratio=optim.warmup_ratio,
     )
+    every = config.eval_every or per_epoch * (config.eval_every_epochs or 0)
     return Training(
         model=stage.model,
         optimizer=optimizer,
@@ -353,17 +369,25 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
         folder=run.folder,
         world=world,
         config=settings.to_dict(config),
+        batch=optim.batch,
+        images=len(stage.dataset),
         accumulate=optim.accumulate,
         clip=optim.clip,
         amp=optim.amp,
         log_every=config.log_every,
-        validate=stage.validate,
-        eval_every=config.eval_every,
+        average=None if config.ema is None else ModelAverage(stage.model, config.ema),
+        validation=_validation(stage, every, config.early_stop),
         save_every=config.save_every,
         keep=config.keep_checkpoints,
         nonfinite=config.nonfinite,
         name_of=stage.name_of,
     )
+
+
+def _validation(stage: Stage, every: int, patience: int | None) -> Validation | None:
+    if not every or stage.measure is None or stage.export is None:
+        return None
+    return Validation(stage.measure, stage.export, every, patience)
 
 
 def _momentum_branch(model: AlignDet) -> EMA | None:

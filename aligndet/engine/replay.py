@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
 def _repeated(dump: dict[str, Any], folder: Path, device: str, world: World) -> str:
     """What the step says when it is not finite again; empty if it is finite."""
     tree = dump["config"] | {"run": str(folder), "device": device, "log_every": 1, "nonfinite": "stop"}
-    if "eval_every" in tree:
-        tree["eval_every"] = None
+    tree |= {key: None for key in ("eval_every", "eval_every_epochs", "early_stop") if key in tree}
+    tree |= {"tensorboard": False, "wandb": None}
     if world.rank == 0 and dump["state"] is not None:
         runfolder.write(folder, dump["state"], keep=1)
     distributed.barrier(world)

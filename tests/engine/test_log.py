@@ -10,7 +10,7 @@ import torch
 from aligndet.engine.distributed import single
 from aligndet.engine.log import Log, read_log
 
-TIMES = {"lr": 0.01, "gradient_norm": 2.0, "data_time": 0.25, "step_time": 0.5}
+TIMES = {"lr": 0.01, "gradient_norm": 2.0, "data_time": 0.25, "step_time": 0.5, "images_per_second": 16.0}
 
 
 def steps_of(folder: Path) -> list[int]:

@@ -16,7 +16,7 @@ from aligndet.engine.distributed import World
 # Keys that may change between a run and its continuation: they say where and how often, not what is computed.
 FREE_KEYS = (
     *("run:", "device:", "threads:", "log_every:", "save_every:", "eval_every:", "data.workers:"),
-    *("keep_checkpoints:", "nonfinite:"),
+    *("keep_checkpoints:", "nonfinite:", "timeout:", "deterministic:"),
 )
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -17,8 +15,8 @@ from aligndet.config import Config, load_config
 from aligndet.data import check, convert_proposals, propose, shards, split
 from aligndet.engine import cluster, distributed, predictions, replay
 from aligndet.engine.cocoeval import evaluator_note
+from aligndet.engine.failure import one_line_errors
 from aligndet.engine.finish import evaluate, finish, summary
-from aligndet.engine.guard import Stopped
 from aligndet.engine.loop import fit
 from aligndet.engine.prepare import prepare
 from aligndet.version import __version__
@@ -63,12 +61,10 @@ def train(argv: Sequence[str] | None = None) -> int:
     with one_line_errors():
         config = load_config(args.cfg, args.overrides)
         world = _start(config)
-        try:
-            training = prepare(config, world)
-            fit(training)
-            finish(config, training)
-        finally:
-            distributed.stop(world)
+        training = prepare(config, world)
+        fit(training)
+        finish(config, training)
+        distributed.stop(world)
     return 0
 
 
@@ -83,39 +79,15 @@ def evaluate_weights(argv: Sequence[str] | None = None) -> int:
     with one_line_errors():
         config = load_config(args.cfg, args.overrides)
         world = _start(config)
-        try:
-            detector, classes = load_detector(args.weights)
-            folder = Path(args.out) if args.out else Path(args.weights).parent / "eval"
-            metrics = evaluate(config, detector, classes, world, folder)
-            if world.rank == 0:
-                print(summary(metrics, args.per_class))
-                print(evaluator_note())
-                print(f"{folder}: metrics.json, predictions.json")
-        finally:
-            distributed.stop(world)
+        detector, classes = load_detector(args.weights)
+        folder = Path(args.out) if args.out else Path(args.weights).parent / "eval"
+        metrics = evaluate(config, detector, classes, world, folder)
+        if world.rank == 0:
+            print(summary(metrics, args.per_class))
+            print(evaluator_note())
+            print(f"{folder}: metrics.json, predictions.json")
+        distributed.stop(world)
     return 0
-
-
-@contextlib.contextmanager
-def one_line_errors() -> Iterator[None]:
-    """A caller's mistake becomes one line on stderr and exit code 2; ALIGNDET_TRACEBACK=1 shows where it arose."""
-    try:
-        yield
-    except (ValueError, FileNotFoundError, FloatingPointError, MemoryError) as error:
-        if os.environ.get("ALIGNDET_TRACEBACK"):
-            raise
-        lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-        # An error in a loader worker arrives wrapped in that worker's traceback; its last line is the message.
-        wrapped = any("Original Traceback" in line for line in lines)
-        message = lines[-1].partition(": ")[2] if wrapped else " ".join(lines)
-        print(f"aligndet: {message}", file=sys.stderr)
-        raise SystemExit(2) from None
-    except Stopped as stopped:
-        print(f"aligndet: {stopped}", file=sys.stderr)
-        raise SystemExit(128 + stopped.signal) from None
-    except KeyboardInterrupt:
-        print("aligndet: interrupted; the same command continues", file=sys.stderr)
-        raise SystemExit(130) from None
 
 
 def _tool(name: str, argv: Sequence[str]) -> int:
@@ -138,4 +110,4 @@ def _start(config: Config) -> distributed.World:
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     cv2.setNumThreads(1)
-    return distributed.start(config.device)
+    return distributed.start(config.device, config.timeout)

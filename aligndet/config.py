@@ -138,6 +138,8 @@ class OptimConfig:
     bias_weight_decay: float = knob(1.0, least=0)  # factor on weight_decay for them (FCOS fine-tuning: 0)
     momentum: float = knob(0.9, least=0)  # SGD only
     batch: int = knob(16, above=0)  # images per optimizer step, over all ranks and accumulation steps
+    lr_scaling: str = knob("none", choices=("none", "linear", "sqrt"))  # lr grows with batch / base_batch, or its root
+    base_batch: int | None = knob(None, above=0)  # the batch that lr was chosen for
     accumulate: int = knob(1, above=0)  # forward passes per optimizer step
     epochs: int | None = knob(None, above=0)  # length of the run: either this ...
     steps: int | None = knob(None, above=0)  # ... or this
@@ -157,6 +159,8 @@ class Config:
     weights: str | None = knob(None, tasks=(FINETUNE,))  # our pre-trained detector to start from
     device: str = knob("auto", choices=("auto", "cpu", "cuda"))
     threads: int | None = knob(None, above=0)  # CPU threads per rank; None: torch's default
+    timeout: float = knob(600.0, above=0)  # s that a rank waits for another one before it fails
+    deterministic: bool = knob(False)  # only operations that repeat bit for bit; on GPUs some are slower
     log_every: int = knob(10, above=0)  # steps
     save_every: int = knob(500, above=0)  # steps
     keep_checkpoints: int = knob(2, above=0)  # the last ones, besides the best where eval_every is set
@@ -306,6 +310,10 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(f"optim.milestones: want all below the length of {length}, got {list(optim.milestones)}")
     if optim.milestones and optim.schedule == "cosine":
         raise ValueError("optim.milestones: not read by schedule cosine; remove them or take schedule step")
+    if (optim.base_batch is None) != (optim.lr_scaling == "none"):
+        raise ValueError(
+            f"optim.base_batch, optim.lr_scaling: want both or neither, got {optim.base_batch} and {optim.lr_scaling}"
+        )
     if optim.batch % optim.accumulate:
         raise ValueError(f"optim.accumulate: want a divisor of optim.batch {optim.batch}, got {optim.accumulate}")
     if not data.short_side:

@@ -1,11 +1,15 @@
-"""A script on two ranks of one machine."""
+"""Two ranks on one machine: of a script, or as forks of the test, which start at once."""
 
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import subprocess
 import sys
+import time
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
@@ -13,11 +17,7 @@ ROOT = Path(__file__).parents[1]
 
 def on_two_ranks(script: str, timeout: float = 180) -> list[str]:
     """What each rank printed; fails where one does, or does not end within ``timeout`` seconds."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    environment = os.environ | common | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | _meeting() | {"PYTHONPATH": str(ROOT)}
     ranks = [
         subprocess.Popen(
             [sys.executable, "-c", script],
@@ -35,3 +35,54 @@ def on_two_ranks(script: str, timeout: float = 180) -> list[str]:
             process.kill()
     assert [process.returncode for process in ranks] == [0, 0], "\n".join(outputs)
     return outputs
+
+
+def forked(act: Callable[[int], None], folder: Path, timeout: float = 60) -> list[tuple[int, str]]:
+    """The exit code (negative: killed by that signal) and stderr of ``act(rank)`` in two forks of this process.
+
+    One that is stopped (SIGSTOP) is killed once the other has ended. Fails where they do not end within ``timeout`` s.
+    """
+    meeting = _meeting()
+    ranks = [os.fork() or _rank(act, rank, folder, meeting) for rank in (0, 1)]
+    codes: dict[int, int] = {}
+    deadline = time.monotonic() + timeout
+    while len(codes) < 2 and time.monotonic() < deadline:
+        for rank, process in enumerate(ranks):
+            ended, status = os.waitpid(process, os.WNOHANG | os.WUNTRACED) if rank not in codes else (0, 0)
+            if ended and not os.WIFSTOPPED(status):
+                codes[rank] = os.waitstatus_to_exitcode(status)
+        if len(codes) == 1:
+            left = ranks[1 - next(iter(codes))]
+            if Path(f"/proc/{left}/stat").read_text().rpartition(")")[2].split()[0] == "T":
+                os.kill(left, signal.SIGKILL)
+        time.sleep(0.02)
+    outputs = [(folder / f"stderr-{rank}").read_text() for rank in (0, 1)]
+    for rank, process in enumerate(ranks):
+        if rank not in codes:
+            os.kill(process, signal.SIGKILL)
+            os.waitpid(process, 0)
+    assert len(codes) == 2, f"ranks {sorted({0, 1} - set(codes))} did not end:\n" + "\n".join(outputs)
+    return [(codes[rank], outputs[rank]) for rank in (0, 1)]
+
+
+def _rank(act: Callable[[int], None], rank: int, folder: Path, meeting: dict[str, str]) -> int:
+    code: object = 1
+    try:
+        sys.stderr = open(folder / f"stderr-{rank}", "w", buffering=1)  # noqa: SIM115  closed with the process
+        os.environ.update(meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
+        act(rank)
+        code = 0
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def _meeting() -> dict[str, str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}

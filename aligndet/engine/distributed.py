@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import os
-from collections.abc import Sequence
+import socket
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
 from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+
+TIMEOUT = 600.0  # s that a rank waits for the others, by default
+# What gloo, the store and nccl say when another rank is gone, and when it does not answer.
+GONE = (
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Application timeout", "NCCL error"),
+    *("Socket closed", "Failed to recv", "Connection was likely closed", "connectFullMesh", "remote process exited"),
+)
+SILENT = ("Timed out waiting", "wait timeout", "Wait timeout", "timed out after")
 
 
 @dataclass(frozen=True)
@@ -33,11 +46,12 @@ def single(device: str = "cpu") -> World:
     return World(0, 1, torch.device(device))
 
 
-def start(device: str = "auto") -> World:
+def start(device: str = "auto", timeout: float = TIMEOUT) -> World:
     """Join the processes of torchrun, or stand alone without it; gloo on CPU, nccl on CUDA.
 
     Args:
         device: "auto" (CUDA where there is a GPU), "cpu" or "cuda".
+        timeout: s; a rank that waits longer for another one fails.
 
     Raises:
         ValueError: "cuda" without a GPU, or more local ranks than GPUs.
@@ -52,10 +66,19 @@ def start(device: str = "auto") -> World:
     target = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(target)
-    if "WORLD_SIZE" not in os.environ or int(os.environ["WORLD_SIZE"]) == 1:
+    if not launched():
         return World(0, 1, target)
-    dist.init_process_group("nccl" if on_gpu else "gloo", device_id=target if on_gpu else None)
-    host = cast(dist.ProcessGroup, dist.new_group(backend="gloo")) if on_gpu else None
+    wait = timedelta(seconds=timeout)
+    dist.init_process_group(
+        "nccl" if on_gpu else "gloo",
+        store=dist.PrefixStore("group", _board()),
+        rank=int(os.environ["RANK"]),
+        world_size=int(os.environ["WORLD_SIZE"]),
+        timeout=wait,
+        device_id=target if on_gpu else None,
+    )
+    host = cast(dist.ProcessGroup, dist.new_group(backend="gloo", timeout=wait)) if on_gpu else None
+    _board().set(f"process {dist.get_rank()}", f"{socket.gethostname()} {os.getpid()}")
     return World(dist.get_rank(), dist.get_world_size(), target, host)
 
 
@@ -63,6 +86,66 @@ def stop(world: World) -> None:
     """Leave the processes; safe without any."""
     if world.size > 1 and dist.is_initialized():
         dist.destroy_process_group()
+
+
+def launched() -> bool:
+    """Whether this is one process of several."""
+    return int(os.environ.get("WORLD_SIZE", 1)) > 1
+
+
+def first_failure(message: str) -> tuple[int, str]:
+    """Tell the other ranks why this one fails; what the first to do so said, and its rank.
+
+    That is this rank itself where no other failed before, and where the launcher's store cannot be reached.
+    """
+    rank = int(os.environ.get("RANK", 0))
+    # Before start, only torchrun's own store is sure to be there.
+    if launched() and (dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
+        with contextlib.suppress(RuntimeError, ValueError):
+            text = _board().compare_set("failure", "", f"{rank} {message}").decode()
+            return int(text.partition(" ")[0]), text.partition(" ")[2]
+    return rank, message
+
+
+def lost(error: RuntimeError) -> str:
+    """What an error says of the other ranks, where it comes from waiting for one; empty for any other error."""
+    text, known = str(error), ""
+    if not launched():
+        return ""
+    if any(words in text for words in GONE):
+        with contextlib.suppress(RuntimeError, ValueError):
+            known = ", ".join(_killed())
+        return f"{known or 'another rank'} is gone: killed, crashed or cut off"
+    return "another rank does not answer in time (timeout)" if any(words in text for words in SILENT) else ""
+
+
+def _killed() -> Iterator[str]:
+    """The ranks on this machine whose process is no more."""
+    board = _board()
+    for rank in range(int(os.environ["WORLD_SIZE"])):
+        if not board.check([f"process {rank}"]):
+            continue
+        host, process = board.get(f"process {rank}").decode().split()
+        status = Path("/proc", process, "stat")
+        # A process that nobody has waited for yet is a zombie, Z.
+        dead = not status.exists() or status.read_text().rpartition(")")[2].split()[0] in "ZX"
+        if host == socket.gethostname() and Path("/proc/self").exists() and dead:
+            yield f"rank {rank} (process {process})"
+
+
+@functools.cache
+def _board() -> dist.Store:
+    """The launcher's store, where ranks find each other and leave words.
+
+    Apart for each restart: torchrun keeps its store, and in it the addresses of the processes before the restart. With
+    several machines the number of restarts may differ between them, so there the store is taken as it is.
+
+    Raises:
+        RuntimeError: it cannot be reached.
+    """
+    store = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=60))))[0]
+    one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
+    return dist.PrefixStore(f"aligndet {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if one_machine else ''}", store)
 
 
 def barrier(world: World) -> None:

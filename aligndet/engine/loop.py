@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import time
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -296,7 +297,11 @@ def _replicated(model: nn.Module, world: World) -> nn.Module:
     devices = [world.device.index] if world.device.type == "cuda" else None
     # Running statistics of batch norm are rank 0's on all ranks; frozen norms have nothing to share.
     moving = any(isinstance(module, _BatchNorm) for module in model.modules())
-    return DistributedDataParallel(model, devices, broadcast_buffers=moving, gradient_as_bucket_view=True)
+    # Of 1 x 1 kernels: the same layout has two descriptions there.
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    with warnings.catch_warnings():  # torch 2.14 has another name for broadcast_buffers, which 2.6 does not know
+        warnings.simplefilter("ignore", FutureWarning)
+        return DistributedDataParallel(model, devices, broadcast_buffers=moving, gradient_as_bucket_view=True)
 
 
 def _synchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import random
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ from aligndet.engine.log import Log
 from aligndet.engine.loop import Training, resume
 from aligndet.engine.open_run import Run, open_run
 from aligndet.engine.optim import build_optimizer, parameter_table
-from aligndet.engine.schedules import learning_rate_factor, momentum_at
+from aligndet.engine.schedules import learning_rate_factor, momentum_at, scaled_learning_rate
 from aligndet.engine.validate import detections_on, metrics_of
 from aligndet.finetune import FineTune
 from aligndet.image_domain.simsiam import SimSiam
@@ -66,6 +67,7 @@ def prepare(config: Config, world: World) -> Training:
             the run folder with its config.
     """
     check_boards(config)
+    _repeatable(config.deterministic)
     _seed_all(config.seed)
     run = open_run(config, world)
     log = Log(run.folder, world)
@@ -114,6 +116,18 @@ def _seed_all(seed: int) -> None:
     torch.manual_seed(seed)
     np.random.seed(seed % 2**32)
     random.seed(seed)
+
+
+def _repeatable(on: bool) -> None:
+    """Only operations that give the same bits each time, in this process; those that have no such form raise.
+
+    The processor's are all of that kind. The workspace of cuBLAS counts from its first use on, which is after this.
+    """
+    if on:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.backends.cudnn.benchmark = False
+    torch.backends.cudnn.deterministic = on
+    torch.use_deterministic_algorithms(on)
 
 
 def _same_step(training: Training) -> None:
@@ -335,10 +349,16 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
     per_epoch = math.ceil(len(stage.dataset) / optim.batch)
     unit = 1 if optim.steps else per_epoch
     steps = optim.steps or per_epoch * (optim.epochs or 0)
+    rate = scaled_learning_rate(optim.lr, optim.lr_scaling, optim.batch, optim.base_batch)
+    if optim.lr_scaling != "none":
+        log.note(
+            f"learning rate {rate:.6g} for a batch of {optim.batch}: {optim.lr:g} is for {optim.base_batch} "
+            f"(optim.lr_scaling {optim.lr_scaling})"
+        )
     optimizer = build_optimizer(
         stage.model,
         name=optim.name,
-        lr=optim.lr,
+        lr=rate,
         weight_decay=optim.weight_decay,
         momentum=optim.momentum,
         backbone=stage.backbone,
@@ -360,7 +380,7 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
         model=stage.model,
         optimizer=optimizer,
         steps=steps,
-        learning_rate=lambda step: optim.lr * factor(step),
+        learning_rate=lambda step: rate * factor(step),
         ema=stage.ema,
         momentum=partial(
             momentum_at, steps=steps, start=config.method.momentum, schedule=config.method.momentum_schedule

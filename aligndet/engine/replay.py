@@ -24,20 +24,16 @@ def run(args: argparse.Namespace) -> int:
     """Train from the dump's state to its bad step; 0 if that is not finite again, 1 if it is finite now."""
     dump = _load(Path(args.dump))
     world = distributed.start(args.device)
-    try:
-        if world.size != dump["ranks"]:
-            raise ValueError(f"{args.dump}: of {dump['ranks']} ranks; want torchrun --nproc-per-node {dump['ranks']}")
-        with tempfile.TemporaryDirectory() as own:
-            folder = Path(distributed.gather_objects(own, world)[0])
-            message = _repeated(dump, folder, args.device, world)
-            distributed.barrier(world)
-        if world.rank == 0:
-            print(
-                f"reproduced: {message}" if message else f"not reproduced: step {dump['bad_step'] + 1} is finite here"
-            )
-        return 0 if message else 1
-    finally:
-        distributed.stop(world)
+    if world.size != dump["ranks"]:
+        raise ValueError(f"{args.dump}: of {dump['ranks']} ranks; want torchrun --nproc-per-node {dump['ranks']}")
+    with tempfile.TemporaryDirectory() as own:
+        folder = Path(distributed.gather_objects(own, world)[0])
+        message = _repeated(dump, folder, args.device, world)
+        distributed.barrier(world)
+    if world.rank == 0:
+        print(f"reproduced: {message}" if message else f"not reproduced: step {dump['bad_step'] + 1} is finite here")
+    distributed.stop(world)
+    return 0 if message else 1
 
 
 def _repeated(dump: dict[str, Any], folder: Path, device: str, world: World) -> str:

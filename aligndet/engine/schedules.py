@@ -38,6 +38,20 @@ def learning_rate_factor(
     return factor
 
 
+def scaled_learning_rate(lr: float, scaling: str, batch: int, base_batch: int | None) -> float:
+    """A learning rate that was chosen for steps of ``base_batch`` images, for steps of ``batch``.
+
+    Args:
+        scaling: "linear" (arXiv:1706.02677), "sqrt" (customary for Adam), or "none", which reads no ``base_batch``.
+    """
+    if scaling == "none":
+        return lr
+    if base_batch is None or scaling not in ("linear", "sqrt"):
+        raise ValueError(f"scaling: want none, or linear or sqrt with base_batch, got {scaling!r}, {base_batch}")
+    share = batch / base_batch
+    return lr * (share if scaling == "linear" else math.sqrt(share))
+
+
 def momentum_at(step: int, steps: int, start: float = 0.996, end: float = 1.0, *, schedule: str = "cosine") -> float:
     """The EMA momentum at a 0-based step: from ``start`` to ``end`` along half a cosine (method section 2.1).
 

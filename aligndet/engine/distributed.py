@@ -15,7 +15,6 @@ from typing import Any, cast
 import torch
 import torch.distributed as dist
 
-
 TIMEOUT = 600.0  # s that a rank waits for the others, by default
 # What gloo, the store and nccl say when another rank is gone, and when it does not answer.
 GONE = (

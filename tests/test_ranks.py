@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from aligndet.engine import runfolder
+from aligndet.engine import distributed, runfolder
 from aligndet.engine.log import read_log
+from aligndet.models.backbones.norm import NORMS
 from tests.engine.test_checkpoint import same
 from tests.ranks import ROOT, forked
 from tests.test_pipeline import pretrain_config, scenes, train
@@ -112,6 +113,45 @@ def assert_same_end(whole: Path, cut: Path) -> None:
     assert curves[0] == curves[1] and len(curves[0]) == states[0]["step"]
     exported = [torch.load(run / "pretrained.pt", weights_only=True)["detector"] for run in (whole, cut)]
     assert same(*exported)
+
+
+def joint_batch_norm(rank: int) -> None:
+    """Ranks with 2 and 3 images of different sizes against torch's batch norm of all values at once."""
+    world = distributed.start("cpu")
+    generator = torch.Generator().manual_seed(2)
+    parts = [torch.randn(n, 5, h, 7, generator=generator) * 3 + 2 for n, h in ((2, 11), (3, 13))]
+    weights = [torch.randn(part.shape, generator=generator) for part in parts]
+    flat = [torch.cat([v.transpose(0, 1).reshape(1, 5, -1, 1) for v in values], 2) for values in (parts, weights)]
+    plain, ours = torch.nn.BatchNorm2d(5), NORMS["sync"](5)
+    for layer in (plain, ours):
+        layer.weight.data.copy_(torch.arange(1.0, 6))
+        layer.bias.data.copy_(torch.arange(5.0))
+    joint = flat[0].requires_grad_()
+    (plain(joint).square() * flat[1]).sum().backward()
+    x = parts[rank].requires_grad_()
+    ours = torch.nn.parallel.DistributedDataParallel(ours)
+    output = ours(x)
+    (output.square() * weights[rank]).sum().backward()
+    start = parts[0].numel() // 5 if rank else 0
+    piece = slice(start, start + x.numel() // 5)
+    for mine, all_of_it in ((output, plain(joint)), (x.grad, joint.grad)):
+        assert torch.allclose(mine.transpose(0, 1).reshape(5, -1), all_of_it[0, :, piece, 0], atol=1e-4)
+    for name in ("weight", "bias"):  # DDP has the mean over ranks
+        assert torch.allclose(2 * getattr(ours.module, name).grad, getattr(plain, name).grad, rtol=1e-4, atol=1e-3)
+    fresh = torch.nn.BatchNorm2d(5)
+    fresh(flat[0])
+    for name in ("running_mean", "running_var"):
+        assert torch.allclose(getattr(ours.module, name), getattr(fresh, name), rtol=1e-5)
+    distributed.stop(world)
+
+
+def test_synchronised_batch_norm_is_that_of_the_joint_batch(scenes: Path, tmp_path: Path) -> None:
+    ranks = forked(joint_batch_norm, tmp_path)
+    assert [code for code, _ in ranks] == [0, 0], ranks
+    config = pretrain_config(scenes, tmp_path / "run")
+    more = ("model.norm=sync", "method.freeze_backbone=false", "optim.steps=2")
+    ranks = forked(training(config, *more), tmp_path)
+    assert [code for code, _ in ranks] == [0, 0], ranks
 
 
 FAULTY = """

@@ -19,8 +19,8 @@ MISTAKE, INTERRUPTED, LOST = 2, 130, 75  # 75 is EX_TEMPFAIL of sysexits.h: not 
 def one_line_errors() -> Iterator[None]:
     """A caller's mistake becomes one line on stderr and exit code 2; ALIGNDET_TRACEBACK=1 shows where it arose.
 
-    Of several ranks the one that failed first says why. One that only waited for it ends with code 75, and names it where
-    it is the first of its machine. Any other error keeps its traceback; the other ranks hear of it, too.
+    Of several ranks the one that failed first says why. One that only waited for it ends with code 75, and names it
+    where it is the first of its machine. Any other error keeps its traceback; the other ranks hear of it, too.
     """
     try:
         yield

@@ -66,7 +66,7 @@ def build_detector(
     body = build_backbone(backbone, width=width, norm=norm, frozen_stages=frozen_stages, stride_in_1x1=stride_in_1x1)
     detector = kind(body, num_classes, **options)
     for module in body.modules():
-        if norm_eps is not None and isinstance(module, (FrozenBatchNorm, nn.BatchNorm2d, nn.SyncBatchNorm)):
+        if norm_eps is not None and isinstance(module, (FrozenBatchNorm, nn.BatchNorm2d)):
             module.eps = norm_eps
     detector.pixel_mean = pixel_mean or detector.pixel_mean
     detector.pixel_std = pixel_std or detector.pixel_std

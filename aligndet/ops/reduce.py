@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,8 +16,34 @@ def mean_over_ranks(value: Tensor) -> Tensor:
     gradient of one process with all images. Source: method section 1.2 (mean over GPUs).
     """
     value = value.detach()
-    if not (dist.is_available() and dist.is_initialized()) or dist.get_world_size() == 1:
+    if not several_ranks():
         return value
     total = value.to(torch.float32, copy=True)
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+class SumOverRanks(torch.autograd.Function):
+    """The sum of a tensor over all ranks, with a graph: every rank's loss depends on every rank's value.
+
+    The order of calls is the same on all ranks, forward and backward.
+    """
+
+    @staticmethod
+    def forward(context: Any, value: Tensor) -> Tensor:  # type: ignore[override]
+        """float [...] -> float [...]."""
+        total = value.clone()
+        dist.all_reduce(total)
+        return total
+
+    @staticmethod
+    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        """The sum of the gradients of all ranks."""
+        total = gradient.clone()
+        dist.all_reduce(total)
+        return total
+
+
+def several_ranks() -> bool:
+    """Whether this process is one of several in a group."""
+    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -12,8 +12,10 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.profiler import record_function
 
 from aligndet.assigners.sampling import PositivesFirst
+from aligndet.ops.constants import constants
 from aligndet.ops.roi_align import multilevel_roi_align
 from aligndet.structures import Candidates, Detections, Targets
 
@@ -99,6 +101,7 @@ class Detector(nn.Module, ABC):
         """
         return pooled_mean(features[-1:], boxes, image, height)
 
+    @record_function("backbone")
     def features(self, images: Tensor, sizes: Tensor) -> list[Tensor]:
         """The backbone's outputs for uint8 images [B, 3, H, W] of the given ``sizes`` int64 [B, 2]."""
         return list(self.backbone(normalise(images, sizes, self.pixel_mean, self.pixel_std)))
@@ -114,8 +117,8 @@ def normalise(images: Tensor, sizes: Tensor, mean: tuple[float, ...], std: tuple
         sizes: int64 [B, 2], (height, width) px of each image inside the padded tensor.
         mean, std: three numbers each, in units of 0 .. 255.
     """
-    offset = torch.tensor(mean, device=images.device).view(1, 3, 1, 1)
-    scale = torch.tensor(std, device=images.device).view(1, 3, 1, 1)
+    offset = constants(mean, images, torch.float32).view(1, 3, 1, 1)
+    scale = constants(std, images, torch.float32).view(1, 3, 1, 1)
     height, width = images.shape[-2:]
     rows = torch.arange(height, device=images.device) < sizes[:, :1]  # [B, H]
     columns = torch.arange(width, device=images.device) < sizes[:, 1:]  # [B, W]

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from aligndet.ops.constants import constants
 from aligndet.ops.masks import paste
 
 BACKGROUND, IGNORED = -1, -2
@@ -77,7 +78,7 @@ class Candidates:
         if self.matched is None:
             raise ValueError("candidates without targets have no box ids; pass targets to Detector.candidates")
         # Rows -1 and -2 of this table are BACKGROUND and IGNORED: indexing needs no masks and works without boxes.
-        table = torch.cat([targets.ids, targets.ids.new_tensor([IGNORED, BACKGROUND])])  # [M + 2]
+        table = torch.cat([targets.ids, constants([IGNORED, BACKGROUND], targets.ids, torch.int64)])  # [M + 2]
         return table[self.matched]
 
 
@@ -182,7 +183,7 @@ def class_of(targets: Targets, matched: Tensor) -> Tensor:
         matched: int64 [N], row of ``targets``, BACKGROUND or IGNORED.
     """
     # Rows -1 and -2 of this table are BACKGROUND and IGNORED: indexing needs no masks and works without boxes.
-    table = torch.cat([targets.labels, targets.labels.new_tensor([IGNORED, BACKGROUND])])  # [M + 2]
+    table = torch.cat([targets.labels, constants([IGNORED, BACKGROUND], targets.labels, torch.int64)])  # [M + 2]
     return table[matched]
 
 

@@ -18,6 +18,7 @@ from aligndet.engine.log import read_log
 from aligndet.finetune import FineTune
 from aligndet.weights import load_detector
 from tests.engine.test_checkpoint import same
+from tests.ranks import on_two_ranks
 from tests.test_pipeline import finetune_config, scenes, train, weights_of
 
 __all__ = ["scenes"]  # a fixture
@@ -191,3 +192,41 @@ def test_the_average_is_part_of_what_a_run_is(scenes: Path, tmp_path: Path, caps
         train(config, "optim.steps=2", "ema=0.75")
     assert "another config (ema: 0.5 -> 0.75)" in capsys.readouterr().err
     assert load_config(config).ema == 0.5
+
+
+RANKS = """
+import sys
+import torch
+torch.set_num_threads(1)
+from aligndet.config import load_config
+from aligndet.engine import best, distributed as d
+from aligndet.engine.finish import finish
+from aligndet.engine.loop import fit
+from aligndet.engine.prepare import prepare
+world = d.start("cpu")
+config = load_config(CONFIG, ["model.norm=batch", "eval_every=2", "save_every=9"])
+training = prepare(config, world)
+fit(training)
+module = training.average.module
+def total(values):
+    return [value.double().sum().item() for value in values]
+mine = d.gather_objects(total(module.parameters()), world)
+assert mine[0] == mine[1], "the average of weights is the same on all ranks"
+moving = d.gather_objects(total(module.buffers()), world)
+assert moving[0] != moving[1], "each rank has statistics of its own images"
+best.same_buffers(module, world)
+moving = d.gather_objects(total(module.buffers()), world)
+assert moving[0] == moving[1]
+decided = d.gather_objects([training.validation.best, training.validation.stale], world)
+assert decided[0] == decided[1] and decided[0][0] is not None
+finish(config, training)
+d.stop(world)
+"""
+
+
+def test_ranks_average_measure_and_decide_alike(scenes: Path, tmp_path: Path) -> None:
+    config = finetune_config(scenes, tmp_path / "run", ema=0.5, optim={"batch": 4, "steps": 5})
+    on_two_ranks(RANKS.replace("CONFIG", repr(str(config))))
+    content = torch.load(tmp_path / "run/best.pt", weights_only=True)
+    assert content["step"] in (2, 4, 5)
+    assert (tmp_path / "run/model.pt").exists()

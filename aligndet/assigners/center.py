@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from aligndet.structures import BACKGROUND, Targets
 
@@ -11,6 +12,7 @@ from aligndet.structures import BACKGROUND, Targets
 PAIRS = 2**21
 
 
+@record_function("assignment")
 def assign_center(
     points: Tensor, ranges: Tensor, targets: Targets, images: int, *, radius: Tensor | None = None
 ) -> Tensor:

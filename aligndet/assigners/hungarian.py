@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from scipy.optimize import linear_sum_assignment
 from torch import Tensor
+from torch.profiler import record_function
 
 from aligndet.ops.boxes import centre_to_corners, corners_to_centre, generalized_iou
 from aligndet.structures import BACKGROUND, Targets
@@ -33,6 +34,7 @@ class HungarianAssigner:
     overlap: float = 2.0
 
     @torch.no_grad()
+    @record_function("assignment")
     def __call__(self, boxes: Tensor, probabilities: Tensor | None, targets: Targets, sizes: Tensor) -> Tensor:
         """The row of ``targets`` that each query of each image and decoder layer belongs to.
 

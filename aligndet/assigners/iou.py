@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from aligndet.ops.boxes import area, iou_matrix, overlap_areas
 from aligndet.structures import BACKGROUND, IGNORED, Targets
@@ -50,6 +51,7 @@ class IoUAssigner:
         if not 0 < self.crowd <= 1:
             raise ValueError(f"crowd: want a share above 0 and at most 1, got {self.crowd}")
 
+    @record_function("assignment")
     def __call__(self, candidates: Sequence[Tensor], targets: Targets, *, allowed: Tensor | None = None) -> Tensor:
         """The row of ``targets`` for each candidate of each image.
 

@@ -203,8 +203,15 @@ def _records(detections: Mapping[int, Detections], truth: Truth, iou_type: str) 
         rows = zip(boxes.tolist(), item.scores.tolist(), item.labels.tolist(), strict=True)
         masks = _encoded(item, image_id, truth) if iou_type == "segm" else None
         for row, (box, score, label) in enumerate(rows):
-            record = {"id": len(records) + 1, "image_id": image_id, "category_id": ids[label], "bbox": box}
-            record |= {"score": score, "area": box[2] * box[3], "iscrowd": 0}
+            record = {
+                "id": len(records) + 1,
+                "image_id": image_id,
+                "category_id": ids[label],
+                "bbox": box,
+                "score": score,
+                "area": box[2] * box[3],
+                "iscrowd": 0,
+            }
             if masks is not None:
                 record |= {"segmentation": masks[row], "area": float(rle.area(masks[row]))}
             records.append(record)

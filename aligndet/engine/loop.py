@@ -14,13 +14,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
+from torch.profiler import record_function
 
-from aligndet.engine import checkpoint, distributed, guard, runfolder
+from aligndet.engine import checkpoint, distributed, guard, profiling, runfolder
 from aligndet.engine.best import AVERAGE, RAW, Validation
 from aligndet.engine.distributed import World
 from aligndet.engine.ema import EMA, ModelAverage
 from aligndet.engine.guard import Step
 from aligndet.engine.log import Log, memory_gib
+from aligndet.engine.prefetch import on_device
 from aligndet.structures import Batch
 
 PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -55,6 +57,7 @@ class Training:
         bad_steps: steps left out for that so far.
         watched: whether losses are looked at in each step, before the update. Always where that makes no device wait:
             on a processor, and with fp16, whose scaler waits anyway; and to skip a step.
+        profile: whether a few steps are recorded, see ``profiling``.
         done: steps run so far: less than ``steps`` after an early stop.
     """
 
@@ -84,6 +87,7 @@ class Training:
     keep: int = 2
     nonfinite: str = "stop"
     bad_steps: int = 0
+    profile: bool = False
     done: int = 0
     watched: bool = field(init=False)
     scaler: torch.amp.GradScaler = field(init=False)
@@ -125,8 +129,8 @@ def fit(training: Training) -> None:
     recent: list[Step] = []  # the steps since losses were last read
     spent = 0.0  # seconds in those
     bad_in_a_row, first_bad = 0, torch.tensor(guard.NEVER, device=world.device)
-    with guard.stop_signals() as signals:
-        stream = iter(t.loader)
+    with guard.stop_signals() as signals, profiling.steps(t.profile, t.folder, t.log, world) as after_step:
+        stream = on_device(t.loader, world.device)
         for step in range(t.start, t.steps):
             if t.validation is not None and t.validation.hopeless:
                 break
@@ -139,16 +143,17 @@ def fit(training: Training) -> None:
             sums: dict[str, Tensor] = {}
             for part in range(t.accumulate):
                 waiting = time.perf_counter()
-                batches = next(stream)
+                with record_function("data"):
+                    (first, *_), batches = next(stream)
                 data_time += time.perf_counter() - waiting
-                unread += batches[0].skipped  # both views of a pair come from one file
-                recent[-1].add(batches[0], t.name_of)
+                unread += first.skipped  # both views of a pair come from one file
+                recent[-1].add(first, t.name_of)
                 with guard.memory_of(recent[-1]), _synchronised(model, part == t.accumulate - 1):
-                    batches = tuple(batch.to(world.device, non_blocking=True) for batch in batches)
-                    with _autocast(world, t.amp):
+                    with record_function("forward"), _autocast(world, t.amp):
                         losses = model(*batches)
                         total = torch.stack(list(losses.values())).sum() / t.accumulate
-                    t.scaler.scale(total).backward()
+                    with record_function("backward"):
+                        t.scaler.scale(total).backward()
                 for name, loss in losses.items():
                     sums[name] = sums.get(name, 0) + loss.detach() / t.accumulate
 
@@ -166,11 +171,9 @@ def fit(training: Training) -> None:
                 t.log.warning(step + 1, f"a loss or gradient is not finite: step left out ({t.bad_steps} so far)")
                 first_bad.fill_(guard.NEVER)
             else:
-                t.scaler.step(t.optimizer)
-                if t.ema is not None:
-                    t.ema.update(t.momentum(step))
-                if t.average is not None:
-                    t.average.update()
+                with record_function("optimizer"):
+                    t.scaler.step(t.optimizer)
+                _follow(t, step)
             t.scaler.update()
             t.optimizer.zero_grad(set_to_none=True)
 
@@ -191,6 +194,7 @@ def fit(training: Training) -> None:
             improved, ends = _validated(t)
             if saves or improved or ends:
                 save(t, done, improved)
+            after_step()
             if signal:
                 raise guard.Stopped(signal)
 
@@ -313,6 +317,15 @@ def _synchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextMan
 
 def _autocast(world: World, amp: str) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(world.device.type, dtype=PRECISIONS[amp], enabled=amp != "off")
+
+
+def _follow(training: Training, step: int) -> None:
+    """The averages after an update: the momentum branch, or those of a model that is fine-tuned."""
+    with record_function("average"):
+        if training.ema is not None:
+            training.ema.update(training.momentum(step))
+        if training.average is not None:
+            training.average.update()
 
 
 def _validated(training: Training) -> tuple[bool, bool]:

@@ -400,6 +400,7 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
         save_every=config.save_every,
         keep=config.keep_checkpoints,
         nonfinite=config.nonfinite,
+        profile=config.profile,
         name_of=stage.name_of,
     )
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.profiler import record_function
 from torch.utils.checkpoint import checkpoint
 
 from aligndet.structures import IGNORED
@@ -15,6 +16,7 @@ POSITIVES = ("keys", "both")
 REDUCTIONS = ("boxes", "queries", "sum")
 
 
+@record_function("contrast")
 def box_contrastive_loss(
     query: Tensor,
     query_ids: Tensor,

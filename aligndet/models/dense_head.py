@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aligndet.ops.constants import constants
+
 
 def tower(channels: int, convolutions: int, *, norm: bool = True, bias: bool | None = None) -> nn.Sequential:
     """3 x 3 convolutions with group norm (where ``norm``) and ReLU, shared by all levels; initialised N(0, 0.01).
@@ -76,7 +78,7 @@ def _patches(levels: list[Tensor], rows: Tensor) -> Tensor:
     padded = [F.pad(level, (1, 1, 1, 1)).permute(0, 2, 3, 1).reshape(-1, channels) for level in levels]
     table = torch.cat(padded)  # [sum over levels of B (H_l + 2) (W_l + 2), C]
 
-    shapes = torch.tensor([level.shape[-2:] for level in levels], device=rows.device)  # [L, 2]
+    shapes = constants([level.shape[-2:] for level in levels], rows, torch.int64)  # [L, 2]
     cells = shapes.prod(dim=1)
     padded_cells = (shapes + 2).prod(dim=1)
     ends = cells.cumsum(0)

@@ -13,6 +13,7 @@ from aligndet.losses.boxes import giou_loss
 from aligndet.models.backbones import Backbone
 from aligndet.models.transformer import Transformer, inside_cells
 from aligndet.ops.boxes import centre_to_corners, clip
+from aligndet.ops.constants import constants
 from aligndet.ops.reduce import mean_over_ranks
 from aligndet.protocol import Detector, pooled_mean
 from aligndet.structures import BACKGROUND, Candidates, Detections, Targets, class_of
@@ -161,7 +162,7 @@ class DETR(Detector):
         positive = (candidates.matched >= 0).nonzero().squeeze(1)
         boxes = candidates.boxes[positive]
         truth = shares_of(targets, candidates.sizes)[candidates.matched[positive]]
-        number = mean_over_ranks(boxes.new_tensor(float(len(targets)))).clamp(min=1)
+        number = mean_over_ranks(boxes.new_full((), float(len(targets)))).clamp(min=1)
         distance = F.l1_loss(boxes, truth, reduction="sum") / number
         overlap = giou_loss(centre_to_corners(boxes), centre_to_corners(truth)).sum() / number
         return {"box": DISTANCE_WEIGHT * distance, "overlap": OVERLAP_WEIGHT * overlap}
@@ -191,7 +192,7 @@ class DETR(Detector):
         """What each query knows after each decoder layer: [L, B, Q, C]."""
         cells = self.neck(features[-1])
         # The finest map gives the padded size up to its stride; the largest image gives it exactly if it reaches there.
-        bound = sizes.new_tensor([self.finest * int(side) for side in features[0].shape[2:]])
+        bound = constants([self.finest * int(side) for side in features[0].shape[2:]], sizes, sizes.dtype)
         largest = sizes.amax(dim=0)
         padded = torch.where(largest > bound - self.finest, torch.minimum(largest, bound), bound)
         outputs: Tensor = self.head(cells, inside_cells(sizes, padded, (cells.shape[2], cells.shape[3])))

@@ -166,7 +166,7 @@ class FCOS(Detector):
         positive = (candidates.matched >= 0).nonzero().squeeze(1)
         truth = targets.boxes[candidates.matched[positive]].float()
         weight = centerness_of(candidates.points[positive], truth)
-        count = mean_over_ranks(weight.new_tensor(float(len(positive)))).clamp(min=1)
+        count = mean_over_ranks(weight.new_full((), float(len(positive)))).clamp(min=1)
         # The weights of a batch with positives never sum to so little; without any, 0 / 1e-6 is 0.
         total = mean_over_ranks(weight.sum()).clamp(min=1e-6)
         box = (iou_loss(candidates.boxes[positive], truth) * weight).sum() / total
@@ -203,10 +203,8 @@ class FCOS(Detector):
     def _assign(self, points: Points, targets: Targets, images: int) -> Tensor:
         """Row of ``targets`` for every point of every image: int64 [B * P]."""
         reach = FIRST_RANGE * 2.0 ** torch.arange(len(self.strides), device=points.level.device)  # [L]
-        low, high = (
-            torch.cat([reach.new_tensor([-1.0]), reach[:-1]]),
-            torch.cat([reach[:-1], reach.new_tensor([torch.inf])]),
-        )
+        low = torch.cat([reach.new_full((1,), -1.0), reach[:-1]])
+        high = torch.cat([reach[:-1], reach.new_full((1,), torch.inf)])
         ranges = torch.stack([low, high], dim=1)[points.level]
         radius = None if self.centre_radius is None else self.centre_radius * points.stride
         return assign_center(points.centres, ranges, targets, images, radius=radius).flatten()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from aligndet.models.roi_head import own_class
 from aligndet.models.two_stage import RegionCandidates, TwoStage
+from aligndet.ops.constants import constants
 from aligndet.ops.masks import crop
 from aligndet.ops.reduce import mean_over_ranks
 from aligndet.structures import Candidates, Detections, Targets
@@ -47,7 +48,7 @@ class MaskRCNN(TwoStage):
         counts = [len(item) for item in found]
         boxes, labels = torch.cat([item.boxes for item in found]), torch.cat([item.labels for item in found])
         image = torch.repeat_interleave(
-            torch.arange(len(found), device=boxes.device), torch.tensor(counts, device=boxes.device)
+            torch.arange(len(found), device=boxes.device), constants(counts, boxes, torch.int64)
         )
         patches = own_class(self._masks(candidates.levels, boxes, image), labels).float().sigmoid()
         return [

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aligndet.ops.constants import constants
+
 # Where the priors of a cell stand: at its centre; at its upper left corner; likewise, with the stride that the size of
 # the padded image and the number of cells give (torchvision: 800 px in 13 cells are 61 px each, not 64).
 GRIDS = ("centre", "corner", "fitted")
@@ -67,9 +69,8 @@ def points_of(
     for level, ((height, width), stride) in enumerate(zip(shapes, strides, strict=True)):
         y, x = torch.meshgrid(torch.arange(height, device=device), torch.arange(width, device=device), indexing="ij")
         cell = torch.stack([y, x], dim=2).reshape(-1, 2)
-        step = cell.new_tensor(
-            [padded[0] // height, padded[1] // width] if grid == "fitted" else [stride, stride], dtype=torch.float32
-        )
+        sides = [padded[0] // height, padded[1] // width] if grid == "fitted" else [stride, stride]
+        step = constants(sides, cell, torch.float32)
         centres.append(((cell + (0.5 if grid == "centre" else 0.0)) * step).flip(1))
         cells.append(cell)
         stride_of.append(torch.full((height * width,), float(stride), device=device))
@@ -120,7 +121,7 @@ class AnchorShapes:
         points = points_of(shapes, strides, device, grid=self.grid, padded=padded)
         cells = [height * width for height, width in shapes]
         parts = [
-            (centres.repeat(1, 2)[:, None] + self.shapes(level).to(device)).reshape(-1, 4)
+            (centres.repeat(1, 2)[:, None] + self.shapes(level).to(device, non_blocking=True)).reshape(-1, 4)
             for level, centres in enumerate(points.centres.split(cells))
         ]
         each = self.per_cell

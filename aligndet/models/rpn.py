@@ -137,7 +137,7 @@ class RPN(nn.Module):
 
     def losses(self, objectness: Objectness, targets: Targets) -> dict[str, Tensor]:
         """Cross-entropy of objectness and L1 of the offsets of positives, both over the number of sampled anchors."""
-        total = mean_over_ranks(objectness.scores.new_tensor(float(len(objectness.scores)), dtype=torch.float32))
+        total = mean_over_ranks(objectness.scores.new_full((), float(len(objectness.scores)), dtype=torch.float32))
         truth = (objectness.matched >= 0).float()
         cost = F.binary_cross_entropy_with_logits(objectness.scores.float(), truth, reduction="sum")
         positive = (objectness.matched >= 0).nonzero().squeeze(1)

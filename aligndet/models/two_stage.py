@@ -19,6 +19,7 @@ from aligndet.models.roi_head import BoxHead, MaskHead, kaiming, linear, own_cla
 from aligndet.models.rpn import RPN, Objectness
 from aligndet.ops.boxes import clip
 from aligndet.ops.coders import DeltaCoder
+from aligndet.ops.constants import constants
 from aligndet.ops.reduce import mean_over_ranks
 from aligndet.ops.roi_align import level_of, multilevel_roi_align
 from aligndet.protocol import Detector, Sampler
@@ -139,7 +140,7 @@ class TwoStage(Detector):
         boxes = torch.cat(regions)
         counts = tuple(len(part) for part in regions)
         image = torch.repeat_interleave(
-            torch.arange(len(regions), device=boxes.device), torch.tensor(counts, device=boxes.device)
+            torch.arange(len(regions), device=boxes.device), constants(counts, boxes, torch.int64)
         )
         if matched is not None:  # level by level, which spares RoIAlign to put its large output in order
             order = level_of(boxes, 4).argsort(stable=True)
@@ -217,7 +218,7 @@ class TwoStage(Detector):
         counts = torch.bincount(targets.image, minlength=len(regions)).tolist()
         truth = targets.boxes.split(counts)
         regions = [torch.cat([boxes, part]) for boxes, part in zip(truth, regions, strict=True)]
-        numbers = torch.tensor([len(part) for part in regions], device=targets.boxes.device)
+        numbers = constants([len(part) for part in regions], targets.boxes, torch.int64)
         image = torch.repeat_interleave(torch.arange(len(regions), device=numbers.device), numbers)
         matched = self.assigner(regions, targets)
         rows = (self.sample or self.sample_regions)(matched, image)
@@ -237,4 +238,4 @@ class TwoStage(Detector):
 
 def _number(candidates: RegionCandidates) -> Tensor:
     """Sampled regions of the batch, at least 1, mean over ranks."""
-    return mean_over_ranks(candidates.boxes.new_tensor(float(len(candidates.boxes)))).clamp(min=1)
+    return mean_over_ranks(candidates.boxes.new_full((), float(len(candidates.boxes)))).clamp(min=1)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from aligndet.ops.constants import constants
+
 # A box is decoded to at most 62.5 times the width and height of its prior.
 LARGEST = math.log(1000 / 16)
 
@@ -32,12 +34,12 @@ class DeltaCoder:
         priors, boxes = priors.float(), boxes.float()
         side, other = priors[:, 2:] - priors[:, :2], boxes[:, 2:] - boxes[:, :2]
         shift = (boxes[:, :2] + boxes[:, 2:] - priors[:, :2] - priors[:, 2:]) / (2 * side)
-        return torch.cat([shift, (other / side).log()], dim=1) / priors.new_tensor(self.stds)
+        return torch.cat([shift, (other / side).log()], dim=1) / constants(self.stds, priors, torch.float32)
 
     def decode(self, priors: Tensor, deltas: Tensor) -> Tensor:
         """The float32 boxes [..., 4] xyxy px at ``deltas`` [..., 4] from ``priors`` [..., 4]; the two broadcast."""
         priors = priors.float()
-        deltas = deltas.float() * priors.new_tensor(self.stds)
+        deltas = deltas.float() * constants(self.stds, priors, torch.float32)
         side = priors[..., 2:] - priors[..., :2]
         centre = priors[..., :2] + 0.5 * side + deltas[..., :2] * side
         half = 0.5 * deltas[..., 2:].clamp(-LARGEST if self.shrink else None, LARGEST).exp() * side

@@ -1,0 +1,96 @@
+"""``profile=true``: where the time of a step goes, from a few steps after the first ones; training stays what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.profiler import ProfilerActivity, schedule
+
+from aligndet.engine.distributed import World
+from aligndet.engine.log import Log
+
+LEFT_OUT, WARM_UP, RECORDED = 3, 1, 5  # steps: slow first ones, the profiler's own first one, those in the trace
+# Ranges that ``record_function`` marks in the code, and those inside of them.
+RANGES = {
+    "data": (),
+    "forward": ("backbone", "assignment", "contrast"),
+    "backward": (),
+    "optimizer": (),
+    "average": (),
+}
+
+
+@contextmanager
+def steps(wanted: bool, folder: Path, log: Log, world: World) -> Iterator[Callable[[], None]]:
+    """Gives what is to be called after each step; writes ``trace.json`` and ``profile.txt`` on the first rank.
+
+    ``trace.json`` is for chrome://tracing or ui.perfetto.dev; the table of ranges also goes to the log.
+    """
+    if not wanted or world.rank > 0:
+        yield lambda: None
+        return
+    left, on_gpu = LEFT_OUT + WARM_UP + RECORDED, world.device.type == "cuda"
+
+    def ready(found: Any) -> None:
+        if left:  # the run ends before its time
+            return
+        averages = found.key_averages()
+        table = range_table({item.key: item for item in averages}, on_gpu)
+        order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
+        operators = averages.table(sort_by=order, row_limit=25, max_name_column_width=60)
+        (folder / "profile.txt").write_text(f"{table}\n\n{operators}\n")
+        found.export_chrome_trace(str(folder / "trace.json"))
+        log.note(f"{folder / 'trace.json'}, profile.txt: {RECORDED} steps\n{table}")
+
+    profiler = torch.profiler.profile(
+        activities=[ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if on_gpu else [])],
+        schedule=schedule(wait=LEFT_OUT, warmup=WARM_UP, active=RECORDED, repeat=1),
+        on_trace_ready=ready,
+    )
+
+    def after_step() -> None:
+        nonlocal left
+        if left:
+            left -= 1
+            profiler.step()
+
+    with profiler:
+        yield after_step
+        if left:
+            needed = LEFT_OUT + WARM_UP + RECORDED
+            log.warning(0, f"profile: want {needed} steps or more from start or continuation on; fewer were run")
+
+
+def range_table(averages: dict[str, Any], on_gpu: bool) -> str:
+    """Milliseconds of a step in each range, and the share of the whole step; "other" is what no range covers.
+
+    Args:
+        averages: of ``key_averages``, by name.
+        on_gpu: adds the time in which the GPU worked for a range.
+    """
+    whole = sum(item.cpu_time_total for key, item in averages.items() if key.startswith("ProfilerStep"))
+
+    def row(name: str, total: float, device: float) -> str:
+        text = f"{name:22} {total / RECORDED / 1000:9.2f} ms {total / max(whole, 1e-9):6.1%}"
+        return text + (f"  {device / RECORDED / 1000:9.2f} ms on the GPU" if on_gpu else "")
+
+    def times(name: str) -> tuple[float, float]:
+        item = averages.get(name)
+        return (0.0, 0.0) if item is None else (item.cpu_time_total, item.device_time_total)
+
+    lines, covered = [], [0.0, 0.0]
+    for name, inner in RANGES.items():
+        if name not in averages:
+            continue
+        inside = [(part, *times(part)) for part in inner if part in averages]
+        lines.append(row(name, *times(name)))
+        lines += [row(f"  {part}", *numbers) for part, *numbers in inside]
+        if inside:
+            rest = [times(name)[i] - sum(numbers[i] for _, *numbers in inside) for i in range(2)]
+            lines.append(row("  other parts of it", rest[0], rest[1]))
+        covered = [covered[i] + times(name)[i] for i in range(2)]
+    return "\n".join([*lines, row("other", whole - covered[0], 0.0), row("step", whole, covered[1])])

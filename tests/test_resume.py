@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import re
 import signal
 from pathlib import Path
 
@@ -14,8 +15,8 @@ from aligndet import cli
 from aligndet.engine import runfolder
 from aligndet.engine.log import read_log
 from aligndet.pretrain import AlignDet
-from tests.engine.test_checkpoint import same
-from tests.test_pipeline import failure, pretrain_config, scenes, train
+from tests.engine.test_checkpoint import Malicious, same
+from tests.test_pipeline import failure, finetune_config, pretrain_config, scenes, train
 
 __all__ = ["scenes"]  # a fixture
 
@@ -123,3 +124,72 @@ def test_a_bad_step_is_left_out_on_request(scenes: Path, tmp_path: Path) -> None
     state = runfolder.newest(tmp_path / "run")[1]
     assert (state["step"], state["bad_steps"]) == (6, 1)
     assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_checkpoints_that_do_not_belong_are_refused_in_one_line(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of another model, of a newer version, of another kind, and one with code in it, which does not run."""
+    config, run = pretrain_config(scenes, tmp_path / "run", steps=1), tmp_path / "run"
+    train(config)
+    path, state, _ = runfolder.newest(run)
+    assert path is not None
+    other = {name: value.flatten()[:3] for name, value in state["model"].items()}
+    strange = {name: value for name, value in state["model"].items() if "neck" not in name}
+    for wrong, message in (
+        ({"model": other}, "does not fit this model: .*size mismatch"),
+        ({"model": strange}, "does not fit this model: .*Missing key"),
+        ({"optimizer": {"state": {}, "param_groups": []}}, "does not fit this model: .*parameter group"),
+        ({"format": runfolder.FORMAT + 1}, f"of format {runfolder.FORMAT + 1}, newer than {runfolder.FORMAT}; update"),
+        ({"kind": "pretrained"}, "want a checkpoint of a training run, got pretrained"),
+        ({"code": Malicious(tmp_path / "made")}, "no checkpoint can be read .*damaged or refused"),
+    ):
+        (run / runfolder.POINTER).unlink(missing_ok=True)  # not even its checksum speaks against it
+        torch.save(state | wrong, path)
+        line = failure(capsys, lambda: train(config))
+        assert re.search(message, line), line
+        assert len(line) < 900
+    assert not (tmp_path / "made").exists()
+    fine = finetune_config(scenes, tmp_path / "fine")
+    assert "damaged or refused" in failure(capsys, lambda: train(fine, f"weights={path}"))
+    assert not (tmp_path / "made").exists()
+    assert runfolder.names(run) == [path.name], "nothing was thrown away"
+
+
+def test_a_folder_that_cannot_be_written_is_named(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = pretrain_config(scenes, tmp_path / "run", steps=2)
+    if Path("/proc/self").exists():  # where not even root makes folders
+        assert "run /proc/run: cannot write there" in failure(capsys, lambda: train(config, "run=/proc/run"))
+    (tmp_path / "file").write_text("")
+    inside = f"run={tmp_path}/file/run"
+    assert "file/run: cannot write there" in failure(capsys, lambda: train(config, inside))
+    train(config, "optim.steps=1")
+    replace, before = os.replace, runfolder.newest(tmp_path / "run")[1]["step"]
+
+    def read_only(source: object, target: object) -> None:
+        if str(target).endswith(".pt"):
+            raise OSError(30, "Read-only file system")
+        replace(source, target)  # type: ignore[call-overload]
+
+    fresh = pretrain_config(scenes, tmp_path / "fresh", steps=2)
+    monkeypatch.setattr(os, "replace", read_only)
+    assert "cannot be written, an older one stays as it was: [Errno 30] Read-only" in failure(
+        capsys, lambda: train(fresh)
+    )
+    assert before == 1 and runfolder.newest(tmp_path / "run")[1]["step"] == 1
+
+
+def test_out_of_memory_names_the_images(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def full(losses: object) -> object:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nSecond line.")
+
+    with pytest.MonkeyPatch.context() as patch:
+        at_forward(patch, 2, full)
+        line = failure(capsys, lambda: train(pretrain_config(scenes, tmp_path / "run")))
+    assert line.startswith("aligndet: step 2: out of memory with the images ")
+    named = re.findall(r"([^ ]+\.\w+) \((\d+) x (\d+) px\)", line)
+    assert len(named) == 4, line
+    assert all((scenes / "images" / name).exists() and max(int(w), int(h)) <= 128 for name, w, h in named)
+    assert "optim.accumulate" in line and "Tried to allocate 2.00 GiB" in line and "Second line" not in line

@@ -6,6 +6,8 @@ import contextlib
 import functools
 import os
 import socket
+import time
+import uuid
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -113,8 +115,12 @@ def lost(error: RuntimeError) -> str:
     if not launched():
         return ""
     if any(words in text for words in GONE):
-        with contextlib.suppress(RuntimeError, ValueError):
-            known = ", ".join(_killed())
+        for _ in range(20):  # the connection ends a moment before the process does
+            with contextlib.suppress(RuntimeError, ValueError, OSError):
+                known = ", ".join(_killed())
+            if known:
+                break
+            time.sleep(0.05)
         return f"{known or 'another rank'} is gone: killed, crashed or cut off"
     return "another rank does not answer in time (timeout)" if any(words in text for words in SILENT) else ""
 
@@ -135,17 +141,37 @@ def _killed() -> Iterator[str]:
 
 @functools.cache
 def _board() -> dist.Store:
-    """The launcher's store, where ranks find each other and leave words.
+    """The launcher's store, where ranks find each other and leave words, under a name that only this start has.
 
-    Apart for each restart: torchrun keeps its store, and in it the addresses of the processes before the restart. With
-    several machines the number of restarts may differ between them, so there the store is taken as it is.
+    torchrun keeps its store over restarts, and in it the addresses of the processes before. Rank 0 makes the name up;
+    the others take it once rank 0 has answered a word of their own: that of an earlier start is dead and answers none.
 
     Raises:
-        RuntimeError: it cannot be reached.
+        RuntimeError: the store cannot be reached, or a rank does not come.
     """
-    store = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=60))))[0]
-    one_machine = os.environ.get("GROUP_WORLD_SIZE", "1") == "1"
-    return dist.PrefixStore(f"aligndet {os.environ.get('TORCHELASTIC_RESTART_COUNT', 0) if one_machine else ''}", store)
+    store, rank, size = next(iter(dist.rendezvous("env://", timeout=timedelta(seconds=TIMEOUT))))
+    own, deadline = uuid.uuid4().hex, time.monotonic() + TIMEOUT
+    if rank == 0:
+        store.set("aligndet start", own)
+        for other in range(1, size):
+            store.set(f"{own} {_word(store, f'{own} {other}', deadline)}", "")
+        return dist.PrefixStore(own, store)
+    while time.monotonic() < deadline:
+        name = _word(store, "aligndet start", deadline)
+        store.set(f"{name} {rank}", own)
+        for _ in range(20):
+            if store.check([f"{name} {own}"]):
+                return dist.PrefixStore(name, store)
+            time.sleep(0.02)
+    raise RuntimeError("Timed out waiting for rank 0 to start")
+
+
+def _word(store: dist.Store, key: str, deadline: float) -> str:
+    while not store.check([key]):
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"Timed out waiting for the other ranks to start ({key})")
+        time.sleep(0.02)
+    return str(store.get(key).decode())
 
 
 def barrier(world: World) -> None:

@@ -30,14 +30,14 @@ class SumOverRanks(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(context: Any, value: Tensor) -> Tensor:  # type: ignore[override]
+    def forward(context: Any, value: Tensor) -> Tensor:
         """float [...] -> float [...]."""
         total = value.clone()
         dist.all_reduce(total)
         return total
 
     @staticmethod
-    def backward(context: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+    def backward(context: Any, gradient: Tensor) -> Tensor:
         """The sum of the gradients of all ranks."""
         total = gradient.clone()
         dist.all_reduce(total)

@@ -175,6 +175,7 @@ class Config:
     ema: float | None = knob(None, above=0, tasks=(FINETUNE,))  # decay of averaged weights, as 0.999; see engine/ema.py
     tensorboard: bool = knob(False)  # figures for TensorBoard too, in <run>/tensorboard; needs the package
     wandb: str | None = knob(None)  # the W&B project to send figures to; needs the package
+    compile: bool = knob(False)  # torch.compile of backbone, neck and towers; on GPUs only
     profile: bool = knob(False)  # write trace.json and profile.txt of a few steps into the run folder
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

@@ -158,7 +158,9 @@ def fit(training: Training) -> None:
                     sums[name] = sums.get(name, 0) + loss.detach() / t.accumulate
 
             t.scaler.unscale_(t.optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(parameters, t.clip or float("inf"))
+            norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+            if t.clip is not None:
+                torch.nn.utils.clip_grads_with_norm_(parameters, t.clip, norm)
             # An overflow of fp16 shows in the gradient alone; the scaler skips that step itself.
             guard.mark(first_bad, step, [*sums.values(), *([] if t.scaler.is_enabled() else [norm])])
             seen = t.watched and first_bad.item() < guard.NEVER

@@ -98,7 +98,7 @@ def _tile(image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     drawn = boxes[np.linspace(0, len(boxes) - 1, min(PER_TILE, len(boxes))).astype(int)]
     for x0, y0, x1, y1 in (drawn * scale).tolist():
         share = min(1.0, math.sqrt((x1 - x0) * (y1 - y0) / (size[0] * size[1])) / RATIO_EDGES[-2])
-        hue = np.uint8([[[round(120 * share), 255, 255]]])  # of 180
+        hue = np.array([[[round(120 * share), 255, 255]]], np.uint8)  # of 180
         colour = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0].tolist()
         cv2.rectangle(tile, (round(x0), round(y0)), (round(x1) - 1, round(y1) - 1), colour, 1)
     (width, height), _ = cv2.getTextSize(str(len(boxes)), cv2.FONT_HERSHEY_SIMPLEX, 0.45, 1)

@@ -1,75 +1,238 @@
-"""Seconds and boxes per image of selective search: three modes, three sizes, one thread, decoding not counted.
+"""Selective search: seconds and boxes of all modes, SoCo's own boxes found, use of two cores, labelled objects found.
 
-python benchmarks/proposals.py --images DIR [--number 6]
+    python benchmarks/proposals.py modes --images DIR [DIR ...] [--number 6]     per image, one thread, without decoding
+    python benchmarks/proposals.py soco --images DIR [DIR ...] [--number 4]      recall of SoCo's boxes at IoU 0.5
+    python benchmarks/proposals.py workers --images DIR [DIR ...] [--rounds 3]   images per second, 1 and 2 workers
+    python benchmarks/proposals.py recall --labels LABELS [LABELS ...]           of all images, with decoding; minutes
+
+``--number`` images of each folder are taken at even steps. Each part replaces its own in results/proposals.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
+import os
 import statistics
+import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
 from environment import environment
+from soco_definition import definition
 
 from aligndet.data.folder import list_images
+from aligndet.data.formats import images_of, load_annotations
+from aligndet.data.proposals import open_proposals, write_proposals
+from aligndet.data.propose import Settings, search_file
+from aligndet.data.recall import evaluate_proposals, pairwise_iou, table
 from aligndet.data.selective_search import MODES, filter_proposals, selective_search
 from aligndet.data.transforms import read_image
+from aligndet.data.workers import run_tasks
 
 SIZES = (256, 400, 640)
+COCO_IMAGES, CORES = 118_287, 32  # of train2017; of the machine that the hours are for
+WAYS = [
+    Settings(),
+    Settings(k=100),
+    Settings(k=50),
+    Settings(mode="single"),
+    Settings(mode="fast", size=256),
+    Settings(mode="fast", size=384),
+]
+Images = dict[str, np.ndarray]
 
 
-def measure(images: list[np.ndarray], mode: str, size: int) -> dict[str, float | str]:
-    """One row of the table: means over the images, and how many are left without a box."""
+def measure(images: Images, mode: str, size: int) -> dict[str, Any]:
+    """One row of the table of modes: means over the images, and how many are left without a box."""
     seconds, raw, kept = [], [], []
-    for image in images:
-        began = time.perf_counter()
+    for image in images.values():
+        began = time.process_time()
         found = selective_search(image, mode=mode, size=size)
         proposals = filter_proposals(found, image.shape[:2])
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
         raw.append(len(found))
         kept.append(len(proposals))
     return {
         "mode": mode,
         "size": size,
         "seconds": round(statistics.mean(seconds), 4),
+        "seconds_max": round(max(seconds), 4),
         "raw": round(statistics.mean(raw), 1),
         "kept": round(statistics.mean(kept), 1),
         "kept_median": statistics.median(kept),
         "kept_min": min(kept),
         "kept_max": max(kept),
         "images_without": kept.count(0),
+        "coco_hours": round(COCO_IMAGES * statistics.mean(seconds) / CORES / 3600, 2),
     }
 
 
-def main() -> None:
-    """Measure, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", required=True, help="folder")
-    parser.add_argument("--number", type=int, default=6, help="images, taken at even steps (default 6)")
-    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "proposals.json"))
-    args = parser.parse_args()
-    cv2.setNumThreads(1)
-    names = list_images(args.images)
-    names = [names[row] for row in np.linspace(0, len(names) - 1, min(args.number, len(names))).astype(int)]
-    images = [read_image(Path(args.images) / name) for name in names]
-    selective_search(images[0], size=SIZES[0])  # the first call loads tables
-    print("mode     size  s/image     raw    kept  least  most  without")
+def modes(args: argparse.Namespace) -> dict[str, Any]:
+    """All modes at three sizes; photographs smaller than 640 px are enlarged to it first."""
+    images = {name: enlarged(image, max(SIZES)) for name, image in chosen(args.images, args.number).items()}
+    selective_search(next(iter(images.values())), size=SIZES[0])  # the first call loads tables
+    print("mode     size  s/image    most     raw    kept  least  most  without  h for COCO")
     rows = []
     for mode in MODES:
         for size in SIZES:
             row = measure(images, mode, size)
             rows.append(row)
             print(
-                f"{mode:8} {size:4} {row['seconds']:8.3f} {row['raw']:7.1f} {row['kept']:7.1f} "
-                f"{row['kept_min']:6} {row['kept_max']:5} {row['images_without']:8}"
+                f"{mode:8} {size:4} {row['seconds']:8.3f} {row['seconds_max']:7.3f} {row['raw']:7.1f} "
+                f"{row['kept']:7.1f} {row['kept_min']:6} {row['kept_max']:5} {row['images_without']:8} "
+                f"{row['coco_hours']:11.2f}",
+                flush=True,
             )
-    result = {"images": names, "sizes": [list(image.shape[:2]) for image in images], "rows": rows}
-    Path(args.out).write_text(
-        json.dumps(result | {"environment": environment() | {"opencv_threads": 1}}, indent=1) + "\n"
+    return {"images": {name: list(image.shape[:2]) for name, image in images.items()}, "rows": rows}
+
+
+def soco(args: argparse.Namespace) -> dict[str, Any]:
+    """How many of the boxes of SoCo's definition each way finds; also itself, on the picture saved once more."""
+    ways: dict[str, Callable[[np.ndarray], np.ndarray]] = {
+        "definition, saved again": lambda image: definition(saved_again(image)),
+        "soco --quirks": functools.partial(ours, mode="soco", quirks=True),
+        "soco": functools.partial(ours, mode="soco"),
+        "single": functools.partial(ours, mode="single"),
+        "fast, 256 px": functools.partial(ours, mode="fast", size=256),
+    }
+    found: dict[str, list[float]] = {way: [] for way in ways}
+    counts: dict[str, list[int]] = {way: [] for way in ("definition", *ways)}
+    seconds = []
+    for image in chosen(args.images, args.number).values():
+        began = time.process_time()
+        wanted = definition(image)
+        seconds.append(time.process_time() - began)
+        counts["definition"].append(len(wanted))
+        for way, search in ways.items():
+            boxes = search(image)
+            counts[way].append(len(boxes))
+            found[way] += pairwise_iou(boxes, wanted).max(axis=0, initial=0).tolist()
+    rows = [{"way": "definition", "boxes": round(statistics.mean(counts["definition"]), 1), "recall": 1.0}]
+    for way in ways:
+        recall = float((np.array(found[way]) >= 0.5).mean())
+        rows.append({"way": way, "boxes": round(statistics.mean(counts[way]), 1), "recall": round(recall, 3)})
+    for row in rows:
+        print(f"{row['way']:24} {row['boxes']:6.1f} boxes per image, {100 * row['recall']:5.1f} % of SoCo's")
+    return {"images": len(seconds), "rows": rows, "seconds_of_definition": round(statistics.mean(seconds), 2)}
+
+
+def ours(image: np.ndarray, **options: Any) -> np.ndarray:
+    """Our proposals by SoCo's filter, with its 32 px."""
+    return filter_proposals(selective_search(image, **options), image.shape[:2], min_size=32)
+
+
+def workers(args: argparse.Namespace) -> dict[str, Any]:
+    """Images per second with 2 worker processes over twice those with 1, in turn; the best round of each."""
+    paths = [str(path) for folder in args.images for path in spread(folder, args.number)]
+    best = {1: 0.0, 2: 0.0}
+    overhead = []
+    for _ in range(args.rounds):
+        for number in best:
+            rate, parent = rate_of(paths, number)
+            best[number] = max(best[number], rate)
+            overhead.append(parent)
+            print(f"{number} workers: {rate:.2f} images/s, {1e3 * parent:.1f} ms of the parent per image", flush=True)
+    efficiency = best[2] / (2 * best[1])
+    hours = COCO_IMAGES / (best[2] / 2 * CORES) / 3600
+    print(f"efficiency {100 * efficiency:.1f} %; COCO train2017 on {CORES} cores like these: {hours:.2f} h")
+    return {
+        "images": len(paths),
+        "per_second": {str(number): round(rate, 3) for number, rate in best.items()},
+        "efficiency": round(efficiency, 4),
+        "parent_seconds_per_image": round(min(overhead), 5),
+        "coco_hours": round(hours, 3),
+        "load_average": os.getloadavg()[0],
+    }
+
+
+def rate_of(paths: list[str], number: int) -> tuple[float, float]:
+    """Images per second from the first outcome to the last, so without the workers' start; the parent's CPU s each."""
+    task = functools.partial(search_file, Path("/"), Settings())
+    done, began, used = -number, 0.0, 0.0
+    for outcome in run_tasks(task, paths[:number] + paths, workers=number, timeout=300):
+        if outcome is not None:
+            done += 1
+            if done == 0:
+                began, used = time.monotonic(), time.process_time()
+    return done / (time.monotonic() - began), (time.process_time() - used) / done
+
+
+def recall(args: argparse.Namespace) -> dict[str, Any]:
+    """Recall of labelled objects of whole data sets, in several ways; seconds are CPU time with decoding."""
+    results: dict[str, Any] = {}
+    for labels in args.labels:
+        truth = load_annotations(labels)
+        root = images_of(truth, None)
+        rows = []
+        for settings in WAYS:
+            began = time.process_time()
+            found = [search_file(root, settings, name) for name in truth.file_names]
+            seconds = (time.process_time() - began) / len(found)
+            with tempfile.TemporaryDirectory() as folder:
+                out = Path(folder) / "p.npz"
+                sizes, boxes = zip(*found, strict=True)
+                write_proposals(out, truth.file_names, sizes, boxes, vars(settings))
+                rows.append(evaluate_proposals(open_proposals(out), truth) | {"seconds": round(seconds, 3)})
+            print(table(rows).splitlines()[-1], f" {seconds:.3f} s", flush=True)
+        print(f"{labels}\n{table(rows)}", flush=True)
+        results["/".join(Path(labels).parts[-3:])] = rows
+    return {"sets": results}
+
+
+def chosen(folders: list[str], number: int) -> Images:
+    """Images of each folder at even steps."""
+    return {
+        f"{path.parent.name}/{path.name}": read_image(path) for folder in folders for path in spread(folder, number)
+    }
+
+
+def spread(folder: str, number: int) -> list[Path]:
+    """Absolute paths of ``number`` images of a folder at even steps."""
+    names = list_images(folder)
+    rows = np.linspace(0, len(names) - 1, min(number, len(names))).astype(int)
+    return [(Path(folder) / names[row]).absolute() for row in rows]
+
+
+def enlarged(image: np.ndarray, side: int) -> np.ndarray:
+    """The image with a longest side of at least ``side`` px."""
+    scale = side / max(image.shape[:2])
+    if scale <= 1:
+        return image
+    size = round(image.shape[1] * scale), round(image.shape[0] * scale)
+    return cv2.resize(image, size, interpolation=cv2.INTER_CUBIC)
+
+
+def saved_again(image: np.ndarray) -> np.ndarray:
+    """The image after one more JPEG compression, quality 95."""
+    data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+    return cv2.imdecode(data, cv2.IMREAD_COLOR)
+
+
+def main() -> None:
+    """Measure one part, print it, write it into the JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parts = {"modes": modes, "soco": soco, "workers": workers, "recall": recall}
+    parser.add_argument("part", choices=parts)
+    parser.add_argument("--images", nargs="+", default=[], metavar="DIR")
+    parser.add_argument("--labels", nargs="+", default=[], metavar="LABELS")
+    parser.add_argument("--number", type=int, default=6, help="images of each folder (default 6)")
+    parser.add_argument("--rounds", type=int, default=3, help="of workers (default 3)")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "results" / "proposals.json"))
+    args = parser.parse_args()
+    if not (args.labels if args.part == "recall" else args.images):
+        parser.error("want --labels" if args.part == "recall" else "want --images")
+    cv2.setNumThreads(1)
+    result = parts[args.part](args) | {"environment": environment() | {"opencv_threads": 1}}
+    out = Path(args.out)
+    before = json.loads(out.read_text()) if out.exists() else {}
+    out.write_text(
+        json.dumps({key: before[key] for key in parts if key in before} | {args.part: result}, indent=1) + "\n"
     )
 
 

@@ -63,6 +63,27 @@ class Regions:
 def soco_search(image: np.ndarray, k: float, sigma: float, *, quirks: bool = False) -> np.ndarray:
     """The boxes of all segments of an image and of all regions that a greedy grouping passes through.
 
+    Args:
+        image: uint8 [H, W, 3] RGB.
+        k: scale of the graph segmentation, larger gives fewer segments.
+        sigma: px, Gaussian blur before it.
+        quirks: see ``group_segments``.
+
+    Returns:
+        float64 [M, 4] xyxy px, as from ``group_segments``. A flat image gives one.
+
+    Source:
+        SoCo (arXiv:2106.02637), its selective search; method of Uijlings et al. (IJCV 2013). Its segmentation is
+        scikit-image's, with the same three parameters (scale 300, sigma 0.9, min_size 100), but there a pixel has eight
+        neighbours and in OpenCV's four, which gives more segments (benchmarks/proposals.py).
+    """
+    segmentation = cv2.ximgproc.segmentation.createGraphSegmentation(sigma, float(k), LEAST_SEGMENT)
+    return group_segments(image, segmentation.processImage(np.ascontiguousarray(image)), quirks=quirks)
+
+
+def group_segments(image: np.ndarray, labels: np.ndarray, *, quirks: bool = False) -> np.ndarray:
+    """The boxes of the segments ``labels`` of an image and of the regions that they are merged into one by one.
+
     Regions that touch (share the side of a pixel) are pairs. The most similar pair is merged into a new region, which
     inherits the neighbours of both; of equally similar pairs, the one that came up last. That goes on until no pair is
     left. Similarity is the intersection of the colour and of the texture histograms, plus 1 less the share of the
@@ -70,21 +91,14 @@ def soco_search(image: np.ndarray, k: float, sigma: float, *, quirks: bool = Fal
 
     Args:
         image: uint8 [H, W, 3] RGB.
-        k: scale of the graph segmentation, larger gives fewer segments.
-        sigma: px, Gaussian blur before it.
+        labels: int32 [H, W], 0 .. R-1, each of them somewhere.
         quirks: as SoCo's own code: hue and saturation fall into one bin, a pair is an earlier region that has a corner
             of a later one strictly inside its box, and boxes end on their last pixel, which also enters the similarity.
 
     Returns:
         float64 [M, 4] xyxy px, segments first, then unions as they were made; boxes may be equal, and with ``quirks``
-        have no area. A flat image gives one.
-
-    Source:
-        SoCo (arXiv:2106.02637), its selective search; method of Uijlings et al. (IJCV 2013). Its segmentation is
-        scikit-image's, with the same three parameters (scale 300, sigma 0.9, min_size 100).
+        have no area.
     """
-    segmentation = cv2.ximgproc.segmentation.createGraphSegmentation(sigma, float(k), LEAST_SEGMENT)
-    labels = segmentation.processImage(np.ascontiguousarray(image))
     regions = Regions(image, labels, quirks=quirks)
     pairs = corner_inside(regions.boxes[: regions.count]) if quirks else touching(labels)
     _group(regions, pairs)

@@ -30,8 +30,9 @@ def evaluate_proposals(file: ProposalFile, annotations: Annotations | str | Path
         annotations: labels of any format, or what ``load_annotations`` read from them.
 
     Returns:
-        mode, size, images, objects, boxes (mean per image), AR@10, AR@100, AR@300, AR (all boxes), recall50 and
-        recall50_small, _medium, _large (all boxes, IoU 0.5, COCO's sizes by box area); None where there is no object.
+        mode (with k where one was given, and quirks), size, images, objects, boxes (mean per image), AR@10, AR@100,
+        AR@300, AR (all boxes), recall50 and recall50_small, _medium, _large (all boxes, IoU 0.5, COCO's sizes by box
+        area); None where there is no object.
 
     Raises:
         FileNotFoundError: there are no such labels.
@@ -49,7 +50,7 @@ def evaluate_proposals(file: ProposalFile, annotations: Annotations | str | Path
     areas = np.concatenate([(boxes[:, 2:] - boxes[:, :2]).prod(axis=1, dtype=np.float64) for boxes in objects])
     best = _best(proposals, objects, None)
     result: dict[str, Any] = {
-        "mode": str(file.parameters.get("mode", "?")),
+        "mode": _mode(file.parameters),
         "size": file.parameters.get("size"),
         "images": len(common),
         "objects": len(areas),
@@ -104,6 +105,11 @@ def pairwise_iou(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 def average_recall(best: np.ndarray) -> float | None:
     """Mean over the thresholds of the share of objects whose IoU ``best`` [M] reaches it; None without objects."""
     return _share(best[:, None] >= THRESHOLDS)
+
+
+def _mode(parameters: dict[str, Any]) -> str:
+    k, quirks = parameters.get("k"), parameters.get("quirks")
+    return f"{parameters.get('mode', '?')}{f' k={k}' if k is not None else ''}{' quirks' if quirks else ''}"
 
 
 def _best(proposals: Sequence[np.ndarray], objects: Sequence[np.ndarray], budget: int | None) -> np.ndarray:

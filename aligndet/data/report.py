@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,8 @@ import numpy as np
 from aligndet.data.proposals import ProposalFile
 from aligndet.data.transforms import read_image
 
-TILE, COLUMNS, ROWS = 240, 6, 4  # px per side, tiles
+TILE, COLUMNS, ROWS = 320, 6, 4  # px per side, tiles
+GAP = 4  # px between tiles
 PER_TILE = 40  # boxes drawn at most, of all sizes
 RATIO_EDGES = [0.0, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 1.0]  # sqrt(box area) / sqrt(image area)
 ASPECT_EDGES = [0.0, 1 / 3, 1 / 2, 2 / 3, 1.0, 1.5, 2.0, 3.0, float("inf")]  # width / height
@@ -42,7 +44,7 @@ def statistics(file: ProposalFile) -> dict[str, Any]:
     """Counts per image, and how sizes and shapes of the boxes are distributed.
 
     ``size_ratio`` and ``aspect`` are histograms: ``counts[i]`` boxes from ``edges[i]`` to below ``edges[i + 1]``; the
-    last edge of ``aspect`` is unbounded, and null in the JSON.
+    last edge of ``aspect`` is unbounded, and null in the JSON. ``sheet`` names the images of the contact sheet.
     """
     counts = np.diff(file.offsets)
     boxes = np.asarray(file.boxes, dtype=np.float64)
@@ -57,6 +59,7 @@ def statistics(file: ProposalFile) -> dict[str, Any]:
         "side_px": _quantiles(np.sqrt(widths * heights)),
         "size_ratio": _histogram(np.sqrt(widths * heights / image_areas), RATIO_EDGES),
         "aspect": _histogram(widths / heights, ASPECT_EDGES),
+        "sheet": [file.names[row] for row in sheet_rows(file)],
         "parameters": file.parameters,
         "versions": file.versions,
     }
@@ -65,30 +68,42 @@ def statistics(file: ProposalFile) -> dict[str, Any]:
 def contact_sheet(file: ProposalFile, root: Path) -> np.ndarray:
     """Up to 24 images at even steps through the file with up to 40 of their boxes: uint8 [H, W, 3] RGB.
 
-    Large boxes are blue, small ones red. A file without images gives one empty row.
+    From red for the smallest boxes over green to blue for the largest; the large ones are drawn first. The number on
+    each image is that of all its boxes. A file without images gives one empty row.
     """
-    rows = np.unique(np.linspace(0, len(file) - 1, min(COLUMNS * ROWS, len(file))).astype(int))
-    height = max(1, -(-len(rows) // COLUMNS)) * TILE
-    sheet = np.full((height, COLUMNS * TILE, 3), 255, np.uint8)
-    for place, row in enumerate(rows.tolist()):
-        top, left = place // COLUMNS * TILE, place % COLUMNS * TILE
-        tile = _tile(read_image(root / file.names[row]), file.boxes_of(row))
-        sheet[top : top + tile.shape[0], left : left + tile.shape[1]] = tile
-    return sheet
+    tiles = [_tile(read_image(root / file.names[row]), file.boxes_of(row)) for row in sheet_rows(file)]
+    lines = [tiles[first : first + COLUMNS] for first in range(0, len(tiles), COLUMNS)] or [[]]
+    strips = []
+    for line in lines:
+        height = max((tile.shape[0] for tile in line), default=TILE) + GAP
+        strip = np.full((height, COLUMNS * TILE, 3), 255, np.uint8)
+        for place, tile in enumerate(line):
+            left = place * TILE + (TILE - tile.shape[1]) // 2
+            strip[: tile.shape[0], left : left + tile.shape[1]] = tile
+        strips.append(strip)
+    return np.concatenate(strips)
+
+
+def sheet_rows(file: ProposalFile) -> list[int]:
+    """The rows of a file that are on its contact sheet, line by line."""
+    rows: list[int] = np.unique(np.linspace(0, len(file) - 1, min(COLUMNS * ROWS, len(file))).astype(int)).tolist()
+    return rows
 
 
 def _tile(image: np.ndarray, boxes: np.ndarray) -> np.ndarray:
     """An image shrunk into a tile, with its boxes and their number."""
-    scale = (TILE - 4) / max(image.shape[:2])
+    scale = (TILE - GAP) / max(image.shape[:2])
     size = max(1, round(image.shape[1] * scale)), max(1, round(image.shape[0] * scale))
     tile = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
     drawn = boxes[np.linspace(0, len(boxes) - 1, min(PER_TILE, len(boxes))).astype(int)]
     for x0, y0, x1, y1 in (drawn * scale).tolist():
-        small = 1 - (x1 - x0) * (y1 - y0) / (size[0] * size[1])
-        colour = (int(255 * small), 60, int(255 * (1 - small)))
+        share = min(1.0, math.sqrt((x1 - x0) * (y1 - y0) / (size[0] * size[1])) / RATIO_EDGES[-2])
+        hue = np.array([[[round(120 * share), 255, 255]]], np.uint8)  # of 180
+        colour = cv2.cvtColor(hue, cv2.COLOR_HSV2RGB)[0, 0].tolist()
         cv2.rectangle(tile, (round(x0), round(y0)), (round(x1) - 1, round(y1) - 1), colour, 1)
-    cv2.putText(tile, str(len(boxes)), (3, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (0, 0, 0), 3)
-    cv2.putText(tile, str(len(boxes)), (3, 14), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1)
+    (width, height), _ = cv2.getTextSize(str(len(boxes)), cv2.FONT_HERSHEY_SIMPLEX, 0.45, 1)
+    cv2.rectangle(tile, (0, 0), (width + 5, height + 6), (0, 0, 0), -1)
+    cv2.putText(tile, str(len(boxes)), (3, height + 3), cv2.FONT_HERSHEY_SIMPLEX, 0.45, (255, 255, 255), 1)
     return tile
 
 

@@ -50,6 +50,14 @@ def test_last_region_is_the_image_and_there_are_one_less_unions_than_segments() 
     assert boxes[-1].tolist() == [0, 0, 101, 83]
 
 
+def test_segments_end_at_corners() -> None:
+    image = np.zeros((40, 60, 3), np.uint8)
+    image[:20, :30] = image[20:, 30:] = 250  # with eight neighbours, as in scikit-image, these would be one segment
+    boxes = soco_search(image, 300, 0.1)
+    assert sorted(boxes[:4].tolist()) == [[0, 0, 30, 20], [0, 20, 30, 40], [30, 0, 60, 20], [30, 20, 60, 40]]
+    assert len(boxes) == 7
+
+
 def test_touching_by_hand() -> None:
     labels = np.array([[0, 0, 1], [2, 0, 1], [2, 3, 3]], np.int32)
     assert touching(labels).tolist() == [[0, 1], [0, 2], [0, 3], [1, 3], [2, 3]]

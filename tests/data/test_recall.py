@@ -9,7 +9,7 @@ import pytest
 
 from aligndet.data.proposals import ProposalFile, open_proposals, write_proposals
 from aligndet.data.recall import evaluate_proposals, match_best_first, table
-from aligndet.data.report import TILE, write_report
+from aligndet.data.report import GAP, TILE, write_report
 from tests.data.test_selective_search import iou, random_boxes
 
 
@@ -46,6 +46,13 @@ def test_recall_by_hand(tmp_path: Path) -> None:
     assert [result[f"recall50_{size}"] for size in ("small", "medium", "large")] == [1.0, 1.0, 0.0]
     assert result["AR"] == result["AR@10"] == round((10 + 2 + 0) / 30, 4)  # 0.5625 reaches 0.5 and 0.55
     assert "66.7" in table([result])
+
+
+def test_other_settings_are_told_apart(tmp_path: Path) -> None:
+    truth = labels(tmp_path, [[[0, 0, 20, 20]]])
+    for parameters, mode in (({"k": 50}, "soco k=50"), ({"k": None, "quirks": True}, "soco quirks"), ({}, "soco")):
+        write_proposals(tmp_path / "p.npz", ["0.png"], [(200, 300)], [np.zeros((0, 4))], {"mode": "soco"} | parameters)
+        assert evaluate_proposals(open_proposals(tmp_path / "p.npz"), truth)["mode"] == mode
 
 
 def test_one_proposal_serves_one_object(tmp_path: Path) -> None:
@@ -87,4 +94,10 @@ def test_report(tmp_path: Path) -> None:
     # sqrt(3600 / 60000) = 0.245 and sqrt(1800 / 60000) = 0.173; width / height 1 and 2.
     assert report["size_ratio"]["counts"][2:4] == [1, 1]
     assert report["aspect"]["counts"] == [0, 0, 0, 0, 1, 0, 1, 0]
-    assert cv2.imread(str(png_path)).shape == (TILE, 6 * TILE, 3)
+    assert report["sheet"] == ["0.png", "1.png"]
+    sheet = cv2.imread(str(png_path))[..., ::-1]
+    scale, left = (TILE - GAP) / 300, GAP // 2
+    assert sheet.shape == (round(200 * scale) + GAP, 6 * TILE, 3)
+    # The 60 px box has 0.306 of the way from red to blue, 37 of 120 degrees of hue: between yellow and green.
+    red, green, blue = sheet[round(60 * scale) - 1, left + round(30 * scale)].tolist()
+    assert green == 255 > red > 128 > blue == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from aligndet.config import DataConfig
+    from aligndet.config import Config, DataConfig
 
 READ_BY = {"crop_first": "detr", "crop_sides": "detr", "jitter_size": "jitter", "jitter_scale": "jitter"}
 
@@ -32,3 +32,22 @@ def check_augmentation(data: DataConfig, plain: DataConfig, batch: int) -> None:
         raise ValueError("data.group_aspect: has no effect with data.augment jitter, whose images are all squares")
     if data.group_aspect and batch == 1:
         raise ValueError("data.group_aspect: has no effect with optim.batch 1")
+
+
+def check_validation(config: Config) -> None:
+    """Refuse settings of validation in fine-tuning that never come into effect."""
+    for key in ("eval_every", "eval_every_epochs"):
+        every = getattr(config, key)
+        if every is not None and config.data.val is None:
+            raise ValueError(f"{key}: has no effect without data.val")
+        length = config.optim.steps if key == "eval_every" else config.optim.epochs
+        if every is not None and length is not None and every * (1 + (config.early_stop or 0)) >= length:
+            # The first validation has nothing to be compared with; the end of the run is measured anyway.
+            stop = "" if config.early_stop is None else f" and early_stop {config.early_stop}"
+            raise ValueError(f"{key}: {every}{stop} has no effect in a run of {length}")
+    if config.eval_every is not None and config.eval_every_epochs is not None:
+        raise ValueError("eval_every, eval_every_epochs: want one of the two")
+    if config.early_stop is not None and config.eval_every is None and config.eval_every_epochs is None:
+        raise ValueError("early_stop: has no effect without eval_every or eval_every_epochs")
+    if config.ema is not None and config.ema >= 1:
+        raise ValueError(f"ema: want a decay below 1, got {config.ema}")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aligndet.checks import check_augmentation
+from aligndet.checks import check_augmentation, check_validation
 from aligndet.typed import checked, read_yaml, shown
 
 TASKS = ("pretrain", "finetune", "image_domain")
@@ -351,31 +351,13 @@ def _check_task_combinations(config: Config) -> None:
     if config.task == FINETUNE and config.weights and config.model.backbone_weights:
         raise ValueError("weights, model.backbone_weights: want one of the two; weights contain a backbone already")
     if config.task == FINETUNE:
-        _check_validation(config)
+        check_validation(config)
     if config.task == FINETUNE and not method.keep_predictors and not config.weights:
         raise ValueError("method.keep_predictors: has no effect without weights")
     if config.task == FINETUNE and not config.weights and (method.modules != MODULES or method.reference_compatible):
         raise ValueError("method.modules, method.reference_compatible: have no effect without weights")
     if config.task == FINETUNE and not method.modules:
         raise ValueError(f"method.modules: want some of {', '.join(MODULES)}, got none")
-
-
-def _check_validation(config: Config) -> None:
-    for key in ("eval_every", "eval_every_epochs"):
-        every = getattr(config, key)
-        if every is not None and config.data.val is None:
-            raise ValueError(f"{key}: has no effect without data.val")
-        length = config.optim.steps if key == "eval_every" else config.optim.epochs
-        if every is not None and length is not None and every * (1 + (config.early_stop or 0)) >= length:
-            # The first validation has nothing to be compared with; the end of the run is measured anyway.
-            stop = "" if config.early_stop is None else f" and early_stop {config.early_stop}"
-            raise ValueError(f"{key}: {every}{stop} has no effect in a run of {length}")
-    if config.eval_every is not None and config.eval_every_epochs is not None:
-        raise ValueError("eval_every, eval_every_epochs: want one of the two")
-    if config.early_stop is not None and config.eval_every is None and config.eval_every_epochs is None:
-        raise ValueError("early_stop: has no effect without eval_every or eval_every_epochs")
-    if config.ema is not None and config.ema >= 1:
-        raise ValueError(f"ema: want a decay below 1, got {config.ema}")
 
 
 def _check_pretraining(config: Config) -> None:

@@ -88,19 +88,19 @@ def test_a_killed_run_with_an_average_ends_at_the_same_bits(scenes: Path, tmp_pa
     whole = finetune_config(scenes, tmp_path / "whole", optim=optim, **more)
     cut = finetune_config(scenes, tmp_path / "cut", optim=optim, **more)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aligndet.engine.prepare.metrics_of", scripted([0.5, 0.25, 0.75, 0.125] * 2))
+        patch.setattr("aligndet.engine.stages.metrics_of", scripted([0.5, 0.25, 0.75, 0.125] * 2))
         train(whole)
         for at, aps in ((5, [0.5, 0.25]), (2, [])):
             child = os.fork()
             if child == 0:
-                patch.setattr("aligndet.engine.prepare.metrics_of", scripted(aps))
+                patch.setattr("aligndet.engine.stages.metrics_of", scripted(aps))
                 killed_at(patch, at)
                 train(cut)
                 os._exit(0)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
         state = runfolder.newest(tmp_path / "cut")[1]
         assert (state["step"], state["average"]["updates"], state["best"]) == (4, 4, 0.5)
-        patch.setattr("aligndet.engine.prepare.metrics_of", scripted([0.75, 0.125] * 2))
+        patch.setattr("aligndet.engine.stages.metrics_of", scripted([0.75, 0.125] * 2))
         train(cut)
     states = [runfolder.newest(tmp_path / run)[1] for run in ("whole", "cut")]
     for key in ("step", "model", "average", "optimizer", "best", "stale"):
@@ -136,7 +136,7 @@ def test_a_run_that_no_longer_improves_stops_and_says_so(
     optim = {"name": "sgd", "lr": 0.01, "batch": 4, "steps": 9, "warmup": 0}
     config = finetune_config(scenes, tmp_path / "run", eval_every=1, early_stop=2, save_every=9, optim=optim)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aligndet.engine.prepare.metrics_of", scripted([0.3, 0.4, 0.4, 0.1]))
+        patch.setattr("aligndet.engine.stages.metrics_of", scripted([0.3, 0.4, 0.4, 0.1]))
         train(config)
         told = capsys.readouterr().err
         assert "stops early after step 4: 2 validations without more than AP 40.0" in told
@@ -149,7 +149,7 @@ def test_a_run_that_no_longer_improves_stops_and_says_so(
         train(config)  # again: nothing to do
         assert "written after 4 steps" in capsys.readouterr().err
         assert same(before, weights_of(tmp_path / "run/model.pt"))
-        patch.setattr("aligndet.engine.prepare.metrics_of", scripted([0.1] * 4))
+        patch.setattr("aligndet.engine.stages.metrics_of", scripted([0.1] * 4))
         train(config, "early_stop=null")
     assert "written after 9 steps" in capsys.readouterr().err
     assert [record["step"] for record in records(tmp_path / "run")] == [1, 2, 3, 4, 5, 6, 7, 8]
@@ -159,7 +159,7 @@ def test_epochs_between_validations_are_steps(scenes: Path, tmp_path: Path) -> N
     """7 labelled images in batches of 3: three steps an epoch."""
     optim = {"lr": 0.01, "batch": 3, "epochs": 3, "warmup": 0}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aligndet.engine.prepare.metrics_of", scripted([0.3, 0.4]))
+        patch.setattr("aligndet.engine.stages.metrics_of", scripted([0.3, 0.4]))
         train(finetune_config(scenes, tmp_path / "run", eval_every_epochs=1, optim=optim))
     assert [record["step"] for record in records(tmp_path / "run")] == [3, 6]
 

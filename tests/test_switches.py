@@ -12,7 +12,7 @@ from aligndet import config as settings
 from aligndet.assigners import PositivesFirst
 from aligndet.config import load_config
 from aligndet.engine.ema import EMA
-from aligndet.engine.prepare import _aligndet
+from aligndet.engine.stages import _aligndet
 from aligndet.models import build_detector
 from aligndet.pretrain import AlignDet, sampler_of
 from aligndet.structures import Batch

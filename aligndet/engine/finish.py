@@ -14,7 +14,7 @@ from aligndet.engine.best import same_buffers
 from aligndet.engine.distributed import World, barrier, gather_objects
 from aligndet.engine.evaluate import save_predictions
 from aligndet.engine.loop import Training
-from aligndet.engine.prepare import detector_arguments, pretraining_arguments, training_annotations
+from aligndet.engine.stages import detector_arguments, pretraining_arguments, training_annotations
 from aligndet.engine.validate import detections_on, metrics_of, validation_truth, without_nan
 from aligndet.finetune import FineTune
 from aligndet.image_domain.simsiam import SimSiam

@@ -159,7 +159,7 @@ class Config:
     weights: str | None = knob(None, tasks=(FINETUNE,))  # our pre-trained detector to start from
     device: str = knob("auto", choices=("auto", "cpu", "cuda"))
     threads: int | None = knob(None, above=0)  # CPU threads per rank; None: torch's default
-    timeout: float = knob(600.0, above=0)  # s that a rank waits for another one before it fails
+    timeout: float = knob(600.0, least=1)  # s that a rank waits for another one before it fails
     deterministic: bool = knob(False)  # only operations that repeat bit for bit; on GPUs some are slower
     log_every: int = knob(10, above=0)  # steps
     save_every: int = knob(500, above=0)  # steps
@@ -312,6 +312,8 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(f"optim.milestones: want all below the length of {length}, got {list(optim.milestones)}")
     if optim.milestones and optim.schedule == "cosine":
         raise ValueError("optim.milestones: not read by schedule cosine; remove them or take schedule step")
+    if config.timeout > 1e6:
+        raise ValueError(f"timeout: want at most 1000000 s, got {config.timeout:g}")
     if (optim.base_batch is None) != (optim.lr_scaling == "none"):
         raise ValueError(
             f"optim.base_batch, optim.lr_scaling: want both or neither, got {optim.base_batch} and {optim.lr_scaling}"

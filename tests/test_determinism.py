@@ -111,8 +111,16 @@ def relative_error(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
     return float((left - right).norm() / right.norm())
 
 
-@pytest.mark.parametrize("detector", list(DETECTORS))
-@pytest.mark.parametrize("part", ["boxes", "contrast", "finetune"])
+@pytest.mark.parametrize(
+    ("part", "detector"),
+    [
+        ("boxes", "fcos"),
+        ("boxes", "faster_rcnn"),
+        ("contrast", "fcos"),
+        ("finetune", "fcos"),
+        ("finetune", "faster_rcnn"),
+    ],
+)
 def test_one_rank_with_batch_4_is_two_ranks_with_batch_2(
     scenes: Path, tmp_path: Path, part: str, detector: str
 ) -> None:
@@ -128,3 +136,8 @@ def test_one_rank_with_batch_4_is_two_ranks_with_batch_2(
     one = trained(make(scenes, tmp_path / "one"), (*common, *passes), distributed.single())
     two = on_ranks(make(scenes, tmp_path / "two"), common, tmp_path)
     assert relative_error(two, one) < 2e-5
+    logs = [read_log(tmp_path / run / "log.jsonl") for run in ("one", "two")]
+    losses = [[record["losses"] for record in log if "losses" in record] for log in logs]
+    assert len(losses[0]) == len(losses[1]) == 2
+    for ours, theirs in zip(*losses, strict=True):
+        assert theirs == pytest.approx(ours, rel=1e-4), "the log has the means over ranks"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -41,21 +42,28 @@ def on_rank_1(number: int, act: object) -> Callable[[int], None]:
     return lambda rank: at_forward(pytest.MonkeyPatch(), number, act) if rank == 1 else None
 
 
-def raises(error: Exception) -> object:
+def raised_on_rank_1(error: Exception, cause: Path) -> Callable[[int], None]:
+    """An error in its second step; ``cause`` is the file from which torchrun learns why."""
+
     def act(losses: object) -> object:
         raise error
 
-    return act
+    def fault(rank: int) -> None:
+        os.environ["TORCHELASTIC_ERROR_FILE"] = str(cause) if rank == 1 else ""
+        on_rank_1(2, act)(rank)
+
+    return fault
 
 
 def test_an_error_of_one_rank_ends_all_and_is_told_once(scenes: Path, tmp_path: Path) -> None:
     config = pretrain_config(scenes, tmp_path / "run")
     for error, code in ((ValueError("box 7 is odd"), 2), (RuntimeError("a mistake of ours"), 1)):
         began = time.monotonic()
-        ranks = forked(training(config, fault=on_rank_1(2, raises(error))), tmp_path)
+        ranks = forked(training(config, fault=raised_on_rank_1(error, tmp_path / "cause")), tmp_path)
         assert time.monotonic() - began < 30
         assert [found for found, _ in ranks] == [75, code]
         reason = str(error) if code == 2 else f"RuntimeError: {error}"
+        assert json.loads((tmp_path / "cause").read_text())["message"]["message"] == f"rank 1: {reason}"
         assert lines(ranks[0][1]) == [f"aligndet: rank 0 ends: rank 1 failed: {reason}"]
         assert lines(ranks[1][1]) == (["aligndet: rank 1: box 7 is odd"] if code == 2 else [])
         assert ("Traceback" in ranks[1][1]) == (code == 1), "an error of ours shows where it arose"

@@ -7,6 +7,7 @@ import random
 import re
 import signal
 from pathlib import Path
+from typing import IO
 
 import pytest
 import torch
@@ -72,6 +73,57 @@ def test_killed_and_stopped_runs_end_at_the_same_bits(scenes: Path, tmp_path: Pa
     ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 6
+
+
+def dies_while_writing(number: int) -> None:
+    """SIGKILL in the ``number``-th checkpoint, of which the first half is on the disk."""
+    calls, write = 0, torch.save
+
+    def dying(state: object, file: IO[bytes]) -> None:
+        nonlocal calls
+        calls += 1
+        write(state, file)
+        if calls == number:
+            file.truncate(file.tell() // 2)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    pytest.MonkeyPatch().setattr(torch, "save", dying)
+
+
+def dies_before_pointing(number: int) -> None:
+    """SIGKILL before the ``number``-th rename of a pointer: its checkpoint is written, but does not count yet."""
+    calls, replace = 0, os.replace
+
+    def dying(source: Path, target: Path) -> None:
+        nonlocal calls
+        calls += Path(target).name == runfolder.POINTER
+        if calls == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        replace(source, target)
+
+    pytest.MonkeyPatch().setattr(os, "replace", dying)
+
+
+def test_fine_tuning_killed_inside_its_saves_ends_at_the_same_bits(scenes: Path, tmp_path: Path) -> None:
+    """With a loader worker, too; the other run has none."""
+    whole, cut = (finetune_config(scenes, tmp_path / run, save_every=1) for run in ("whole", "cut"))
+    train(whole, "data.val=null")
+    for die, number, steps in ((dies_while_writing, 2, 1), (dies_before_pointing, 2, 2), (dies_while_writing, 1, 2)):
+        child = os.fork()
+        if child == 0:
+            die(number)
+            train(cut, "data.val=null", "data.workers=1")
+            os._exit(0)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+        assert (tmp_path / "cut/checkpoint-00000003.pt").exists() == (steps == 2)
+        assert runfolder.newest(tmp_path / "cut")[1]["step"] == steps
+    train(cut, "data.val=null", "data.workers=1")
+    states = [runfolder.newest(tmp_path / run)[1] for run in ("whole", "cut")]
+    keys = ("step", "model", "optimizer", "scaler", "rng", "skipped")
+    assert not [key for key in keys if not same(states[0][key], states[1][key])]
+    logs = [read_log(tmp_path / run / "log.jsonl") for run in ("whole", "cut")]
+    losses = [[(record["step"], record["losses"]) for record in log if "losses" in record] for log in logs]
+    assert losses[0] == losses[1] and len(losses[0]) == 4
 
 
 def spoilt(losses: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:

@@ -198,6 +198,14 @@ def highest(numbers: Sequence[int], world: World) -> list[int]:
     return [int(value) for value in values.tolist()]
 
 
+def mean(values: torch.Tensor, world: World) -> torch.Tensor:
+    """The mean over all ranks of numbers [n] on any device, as float64 on the processor."""
+    found = values.detach().to("cpu", torch.float64)
+    if world.size > 1:
+        dist.all_reduce(found, group=world.host)
+    return found / world.size
+
+
 def together(error: str | None, world: World) -> None:
     """Go on if no rank has an error; otherwise all ranks raise the first one.
 

@@ -38,7 +38,9 @@ def one_line_errors() -> Iterator[None]:
     except Exception as error:
         reason = distributed.lost(error) if isinstance(error, RuntimeError) else ""
         if not reason or os.environ.get("ALIGNDET_TRACEBACK"):
-            distributed.first_failure(f"{type(error).__name__}: {' '.join(str(error).split())[:300]}")
+            reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+            distributed.first_failure(reason)
+            _record(f"rank {os.environ.get('RANK', 0)}: {reason}")
             raise
         _say_lost(reason)
         raise SystemExit(LOST) from None
@@ -70,8 +72,13 @@ def _say_lost(reason: str) -> None:
 
 def _print(line: str) -> None:
     print(f"aligndet: {line}", file=sys.stderr, flush=True)
-    file = os.environ.get("TORCHELASTIC_ERROR_FILE")  # what torchrun shows at its end
+    _record(line)
+
+
+def _record(line: str) -> None:
+    """Leave what torchrun is to show at its end as the cause."""
+    file = os.environ.get("TORCHELASTIC_ERROR_FILE")
     if file and distributed.launched():
-        content = {"message": line, "extraInfo": {"py_callstack": "", "timestamp": str(int(time.time()))}}
+        content = {"message": line, "extraInfo": {"timestamp": str(int(time.time()))}}
         with contextlib.suppress(OSError), open(file, "w") as errors:
             json.dump({"message": content}, errors)

@@ -345,12 +345,13 @@ def _validated(training: Training) -> tuple[bool, bool]:
 
 
 def _read(sums: dict[str, Tensor], first_bad: Tensor, recent: list[Step], training: Training) -> dict[str, float]:
-    """The losses as numbers; the run ends here where a step since the last reading was bad."""
+    """The losses as numbers, means over ranks; the run ends here where a step since the last reading was bad."""
     if not training.watched:
         first = min(distributed.gather_objects(int(first_bad.item()), training.world))
         if first < guard.NEVER:
             give_up(training, first, recent)
-    return dict(zip(sums, torch.stack(list(sums.values())).tolist(), strict=True))
+    means = distributed.mean(torch.stack(list(sums.values())), training.world)
+    return dict(zip(sums, means.tolist(), strict=True))
 
 
 def _report(training: Training, step: int, unread: list[str]) -> None:

@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from aligndet.engine.schedules import learning_rate_factor, momentum_at
+from aligndet.engine.schedules import learning_rate_factor, momentum_at, scaled_learning_rate
 
 
 def test_momentum_rises_from_its_start_to_one() -> None:
@@ -41,3 +41,14 @@ def test_cosine_ends_at_zero_and_warms_up_too() -> None:
 def test_an_unknown_schedule_is_refused() -> None:
     with pytest.raises(ValueError, match="want step or cosine, got 'poly'"):
         learning_rate_factor(0, steps=3, schedule="poly")
+
+
+def test_learning_rates_are_scaled_by_the_batch_or_its_root() -> None:
+    assert scaled_learning_rate(0.01, "none", 64, None) == 0.01
+    assert scaled_learning_rate(0.01, "linear", 64, 16) == pytest.approx(0.04)
+    assert scaled_learning_rate(0.01, "linear", 4, 16) == pytest.approx(0.0025)
+    assert scaled_learning_rate(0.01, "sqrt", 64, 16) == pytest.approx(0.02)
+    assert scaled_learning_rate(0.01, "sqrt", 32, 16) == pytest.approx(0.0141421356)
+    for scaling, base in (("linear", None), ("square", 16)):
+        with pytest.raises(ValueError, match="scaling: want none, or linear or sqrt with base_batch"):
+            scaled_learning_rate(0.01, scaling, 64, base)

@@ -38,6 +38,10 @@ class Validation:
     best: float | None = None
     stale: int = 0
 
+    def due(self, step: int, steps: int) -> bool:
+        """Whether to measure after ``step`` of ``steps`` steps; the end of the run is measured by ``finish``."""
+        return step % self.every == 0 and step < steps
+
     @property
     def hopeless(self) -> bool:
         """Whether the run should end now."""

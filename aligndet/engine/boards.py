@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from aligndet.config import Config
+from aligndet.engine import checkpoint
 
-EXTRAS = {"tensorboard": "tensorboard", "wandb": "wandb"}  # key of the config and package: extra to install
+PACKAGES = ("tensorboard", "wandb")  # the key of the config, the package and the extra have one name
 
 
 class TensorBoard:
@@ -55,7 +56,7 @@ class WeightsAndBiases:
             number = str(json.loads(note.read_text())["id"])
         else:
             number = secrets.token_hex(4)
-            note.write_text(json.dumps({"id": number, "project": project}))
+            checkpoint.replace(note, json.dumps({"id": number, "project": project}).encode())
         self.sent = sent
         self.run = wandb.init(
             project=project, id=number, name=folder.name, dir=str(folder), config=config, resume="allow"
@@ -76,9 +77,9 @@ Board = TensorBoard | WeightsAndBiases
 
 def check_boards(config: Config) -> None:
     """Raises ValueError where the config asks for a package that is not installed."""
-    for key, extra in EXTRAS.items():
-        if getattr(config, key) and importlib.util.find_spec(extra) is None:
-            raise ValueError(f"{key}: the package {extra} is not installed; `pip install {extra}`, or leave {key} out")
+    for key, wanted in zip(PACKAGES, (config.tensorboard, config.wandb is not None), strict=True):
+        if wanted and importlib.util.find_spec(key) is None:
+            raise ValueError(f"{key}: the package {key} is not installed; `pip install {key}`, or leave {key} out")
 
 
 def open_boards(config: Config, folder: Path, plain: dict[str, Any], after: int, sent: int) -> list[Board]:

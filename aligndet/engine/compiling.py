@@ -12,7 +12,7 @@ def check_device(device: torch.device) -> None:
     """Raises ValueError on a processor, where compiling has been measured and does not pay."""
     if device.type == "cpu":
         raise ValueError(
-            "compile: not on processors, where it does not pay (benchmarks/results/compile.json); leave compile out"
+            "compile: not on processors, where steps take longer with it (docs/decisions.md); leave compile out"
         )
 
 

@@ -116,8 +116,9 @@ def fit(training: Training) -> None:
 
     Raises:
         FloatingPointError: a loss or gradient is not finite, on any rank; all ranks raise. Checked before the update
-            where ``watched``, else whenever losses are read (every ``log_every`` steps and before a checkpoint), so
-            that the step itself never waits for the device. ``dump-*.pt`` in the run folder repeats the step.
+            where ``watched``, else whenever losses are read (every ``log_every`` steps and before a checkpoint or a
+            validation), so that the step itself never waits for the device. ``dump-*.pt`` in the run folder repeats
+            the step.
         Stopped: SIGTERM or SIGINT came to any rank; the checkpoint of the step that ran is written.
         MemoryError: names the images that did not fit.
     """
@@ -181,7 +182,8 @@ def fit(training: Training) -> None:
 
             done = t.done = step + 1
             saves = done % t.save_every == 0 or done == t.steps or signal > 0
-            logs = saves or done % t.log_every == 0 or step == t.start
+            measures = t.validation is not None and t.validation.due(done, t.steps)
+            logs = saves or measures or done % t.log_every == 0 or step == t.start
             losses_read = _read(sums, first_bad, recent, t) if logs else {}
             step_time = time.perf_counter() - began
             spent += step_time
@@ -193,7 +195,7 @@ def fit(training: Training) -> None:
                 t.log.progress(done, t.steps, losses_read, figures)
                 recent.clear()
                 spent = 0.0
-            improved, ends = _validated(t)
+            improved, ends = _validated(t) if measures else (False, False)
             if saves or improved or ends:
                 save(t, done, improved)
             after_step()
@@ -331,10 +333,9 @@ def _follow(training: Training, step: int) -> None:
 
 
 def _validated(training: Training) -> tuple[bool, bool]:
-    """Measure the model where it is time to: whether it is the best so far, and whether the run ends without one."""
+    """Measure the model: whether it is the best so far, and whether the run ends since it is not."""
     t = training
-    if t.validation is None or t.done % t.validation.every or t.done == t.steps:
-        return False, False
+    assert t.validation is not None
     found = t.validation.measured(t.models, t.world)
     t.log.metrics(t.done, found[list(t.models)[-1]], found[RAW] if AVERAGE in found else None)
     improved = t.validation.keep(t.folder, t.done, t.models, found, t.world)

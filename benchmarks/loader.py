@@ -331,8 +331,8 @@ def main() -> None:
                     result["speed"].append(row)
                     print(json.dumps(row))
         if args.only in (None, "reduction"):
-            result["reduction"] = reduction_table(small)
-            print(*map(json.dumps, result["reduction"]), sep="\n")
+            result["reduction"] = {"640": reduction_table(small), "2560": reduction_table(large)}
+            print(json.dumps(result["reduction"]))
         if args.only in (None, "memory"):
             result["memory"] = memory(folder, small[1], batch=2)
             print(json.dumps(result["memory"]))

@@ -43,8 +43,8 @@ class Window:
         """Boxes of the whole image in px of the result, not clipped to it: float32 [m, 4]."""
         return (boxes - torch.tensor([self.left, self.top] * 2)) * self.factors()
 
-    def cut(self, pixels: np.ndarray, image: Size) -> Tensor:
-        """The part of an image of size ``image`` at its new size: uint8 [3, h, w].
+    def cut(self, pixels: np.ndarray, image: Size, mirrored: bool = False) -> Tensor:
+        """The part of an image of size ``image`` at its new size, perhaps mirrored left and right: uint8 [3, h, w].
 
         Args:
             pixels: uint8 [H, W, 3], the image or a reduction of it that the window's sides are multiples of.
@@ -54,7 +54,12 @@ class Window:
             slice(start // reduction, (start + length) // reduction)
             for start, length in ((self.top, self.height), (self.left, self.width))
         )
-        return torch.from_numpy(np.ascontiguousarray(resampled(pixels[rows, columns], self.size))).permute(2, 0, 1)
+        part = pixels[rows, columns]
+        # Whichever is smaller is mirrored, and nothing is copied once more.
+        early = mirrored and part.shape[0] * part.shape[1] < self.size[0] * self.size[1]
+        resized = resampled(cv2.flip(part, 1) if early else part, self.size)
+        resized = cv2.flip(resized, 1) if mirrored and not early else np.ascontiguousarray(resized)
+        return torch.from_numpy(resized).permute(2, 0, 1)
 
     def cut_masks(self, masks: np.ndarray) -> Tensor:
         """The part of masks bool [m, H, W] of the whole image at its new size; the nearest pixel decides."""

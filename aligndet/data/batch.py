@@ -51,9 +51,10 @@ def collate(samples: Sequence[Sample], *, multiple: int = 32, size: tuple[int, i
     least = sizes.amax(dim=0) if size is None else torch.maximum(sizes.amax(dim=0), torch.tensor(size))
     height, width = ((least + multiple - 1) // multiple * multiple).tolist()
     # Channels last, as images are decoded and as models want them: rows are copied whole.
-    images = torch.zeros(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
-    for place, sample in zip(images, samples, strict=True):
-        place[:, : sample.image.shape[1], : sample.image.shape[2]] = sample.image
+    images = torch.empty(len(samples), height, width, 3, dtype=torch.uint8).permute(0, 3, 1, 2)
+    for place, sample, (rows, columns) in zip(images, samples, sizes.tolist(), strict=True):
+        place[:, :rows, :columns] = sample.image
+        place[:, rows:], place[:, :rows, columns:] = 0, 0
     counts = torch.tensor([len(sample.boxes) for sample in samples])
     image = torch.arange(len(samples)).repeat_interleave(counts)
     crowds = [sample.crowds for sample in samples if sample.crowds is not None]

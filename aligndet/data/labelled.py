@@ -17,7 +17,7 @@ from aligndet.data.batch import Sample
 from aligndet.data.decode import open_picture
 from aligndet.data.headers import image_size
 from aligndet.data.retry import first_readable
-from aligndet.data.transforms import flip, read_image, resize
+from aligndet.data.transforms import flip_boxes, read_image, resize
 from aligndet.ops.boxes import clip
 
 LEAST_SIDE = 1.0  # px; an object of which a crop leaves less, in height or width, is left out
@@ -87,12 +87,12 @@ class LabelledImages(Dataset[Sample]):
     def __getitem__(self, key: tuple[int, int]) -> Sample:
         index, position = key
         loaded, skipped = first_readable(partial(self._load, position), index, len(self), self.on_error)
-        image = loaded.window.cut(loaded.pixels, loaded.size)
+        image = loaded.window.cut(loaded.pixels, loaded.size, loaded.mirrored)
         boxes, labels, masks = self._objects(loaded)
         crowds = self._crowds(loaded) if self.crowds else None
         if loaded.mirrored:
-            crowds = None if crowds is None else flip(image, crowds)[1]
-            image, boxes = flip(image, boxes)
+            crowds = None if crowds is None else flip_boxes(crowds, image.shape[2])
+            boxes = flip_boxes(boxes, image.shape[2])
             masks = None if masks is None else masks.flip(2)
         image_id = int(self.annotations.image_ids[loaded.row])
         return Sample(image, boxes, labels, torch.arange(len(boxes)), loaded.size, image_id, skipped, masks, crowds)

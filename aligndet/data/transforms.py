@@ -82,13 +82,18 @@ def resampled(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """A uint8 [H, W, 3] image at ``size`` (height, width) px; itself where it has it."""
     if pixels.shape[:2] == size:
         return pixels
-    # Area averaging where the image shrinks, so that fine texture does not alias; bilinear where it grows.
-    way = cv2.INTER_AREA if size[0] < pixels.shape[0] else cv2.INTER_LINEAR
+    # Bilinear, but areas averaged from a half on, where bilinear skips pixels and fine texture would alias.
+    halved = pixels.shape[0] >= 2 * size[0] or pixels.shape[1] >= 2 * size[1]
+    way = cv2.INTER_AREA if halved else cv2.INTER_LINEAR
     return cv2.resize(pixels, (size[1], size[0]), interpolation=way)
 
 
 def flip(image: Tensor, boxes: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:
     """Mirror left and right about the image's own width: x' = W - x; boxes about another ``width``, where given."""
-    width = image.shape[2] if width is None else width
+    return image.flip(2), flip_boxes(boxes, image.shape[2] if width is None else width)
+
+
+def flip_boxes(boxes: Tensor, width: int) -> Tensor:
+    """Boxes of an image of ``width`` px, mirrored left and right: x' = W - x."""
     x0, y0, x1, y1 = boxes.unbind(1)
-    return image.flip(2), torch.stack([width - x1, y0, width - x0, y1], dim=1)
+    return torch.stack([width - x1, y0, width - x0, y1], dim=1)

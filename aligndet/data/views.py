@@ -18,7 +18,7 @@ from aligndet.data.colours import COLOURS, draw_colour
 from aligndet.data.decode import open_picture, reduction_for
 from aligndet.data.proposals import ProposalFile
 from aligndet.data.retry import first_readable
-from aligndet.data.transforms import flip, read_image
+from aligndet.data.transforms import flip_boxes, read_image
 
 ORDERS = ("random", "first")
 
@@ -141,13 +141,13 @@ class ViewPairs(Dataset[tuple[Sample, Sample]]):
 
     def _view(self, loaded: _Loaded, plan: _Plan, skipped: tuple[str, ...]) -> Sample:
         ids = loaded.ids
-        image = plan.window.cut(loaded.pixels, loaded.size)
+        image = plan.window.cut(loaded.pixels, loaded.size, plan.mirrored and not self.pad_first)
         boxes = plan.window.place(torch.from_numpy(self.proposals.boxes_of(loaded.row))[ids])
-        width = image.shape[2]
-        if self.pad_first:
-            image = F.pad(image, (0, -width % 32, 0, -image.shape[1] % 32))
         if plan.mirrored:
-            image, boxes = flip(image, boxes, width)
+            boxes = flip_boxes(boxes, image.shape[2])
+        if self.pad_first:
+            image = F.pad(image, (0, -image.shape[2] % 32, 0, -image.shape[1] % 32))
+            image = image.flip(2) if plan.mirrored else image
         if plan.colour is not None:
             name, magnitude = plan.colour
             image = COLOURS[name](image, magnitude)

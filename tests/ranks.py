@@ -1,14 +1,15 @@
-"""Two ranks on one machine: of a script, or as forks of the test, which start at once."""
+"""Two ranks on one machine, as forks of the test, which start at once."""
 
 from __future__ import annotations
 
 import os
 import signal
 import socket
-import subprocess
 import sys
+import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,23 +18,15 @@ ROOT = Path(__file__).parents[1]
 
 def on_two_ranks(script: str, timeout: float = 180) -> list[str]:
     """What each rank printed; fails where one does, or does not end within ``timeout`` seconds."""
-    environment = os.environ | _meeting() | {"PYTHONPATH": str(ROOT)}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, "-c", script],
-            env=environment | {"RANK": rank, "LOCAL_RANK": rank},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
-    try:
-        outputs = [process.communicate(timeout=timeout)[0] for process in ranks]
-    finally:
-        for process in ranks:
-            process.kill()
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(outputs)
+
+    def act(rank: int) -> None:
+        warnings.simplefilter("default")  # as in a process of its own
+        exec(compile(script, "<script>", "exec"), {"__name__": "__main__"})
+
+    with tempfile.TemporaryDirectory() as folder:
+        ranks = forked(act, Path(folder), timeout)
+        outputs = [(Path(folder) / f"stdout-{rank}").read_text() for rank in (0, 1)]
+    assert [code for code, _ in ranks] == [0, 0], "\n".join(error for _, error in ranks)
     return outputs
 
 
@@ -68,7 +61,9 @@ def forked(act: Callable[[int], None], folder: Path, timeout: float = 60) -> lis
 def _rank(act: Callable[[int], None], rank: int, folder: Path, meeting: dict[str, str]) -> int:
     code: object = 1
     try:
-        sys.stderr = open(folder / f"stderr-{rank}", "w", buffering=1)  # noqa: SIM115  closed with the process
+        # Closed with the process.
+        sys.stderr = open(folder / f"stderr-{rank}", "w", buffering=1)  # noqa: SIM115
+        sys.stdout = open(folder / f"stdout-{rank}", "w", buffering=1)  # noqa: SIM115
         os.environ.update(meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)})
         act(rank)
         code = 0
@@ -78,6 +73,7 @@ def _rank(act: Callable[[int], None], rank: int, folder: Path, meeting: dict[str
         traceback.print_exc()
     finally:
         sys.stderr.flush()
+        sys.stdout.flush()
         os._exit(code if isinstance(code, int) else 1)
 
 

@@ -1,43 +1,14 @@
 """One process without a group, and two with one."""
 
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 
-from aligndet.engine import distributed
-
-ROOT = Path(__file__).parents[2]
-SCRIPT = """
-import torch
-torch.set_num_threads(1)
 from aligndet.engine import distributed as d
-world = d.start("cpu")
-assert world.size == 2 and world.device.type == "cpu"
-assert d.agree(world.rank == 1, world) is True
-assert d.agree(False, world) is False
-values = d.gather_objects({"rank": world.rank, "none": None, "t": torch.full((3,), world.rank)}, world)
-assert [v["rank"] for v in values] == [0, 1] and values[1]["t"].tolist() == [1, 1, 1]
-assert d.gather_objects(None, world) == [None, None]
 from aligndet.engine.evaluate import evaluate_detector
+from tests.ranks import forked
 from tests.scenes import batch_of, boxes_for, small_detector
-torch.manual_seed(0)
-detector = small_detector(score_threshold=0.0)
-batches = [batch_of([boxes_for(1, 96, torch.Generator().manual_seed(i))], seed=i) for i in range(3)]
-batches = [type(b)(b.images, b.sizes, b.sizes, (7 - i,), b.targets) for i, b in enumerate(batches)]
-together = evaluate_detector(detector, batches[world.rank :: 2], world)
-alone = evaluate_detector(detector, batches, d.single())
-assert list(together) == list(alone) == [5, 6, 7]
-assert all(torch.equal(together[k].boxes, alone[k].boxes) and len(alone[k]) for k in alone)
-d.barrier(world)
-d.stop(world)
-d.stop(world)
-print("rank", world.rank, "done")
-"""
 
 
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -47,15 +18,15 @@ def clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_alone_every_question_is_answered_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
     clean(monkeypatch)
-    world = distributed.start("cpu")
+    world = d.start("cpu")
     assert (world.rank, world.size, world.device) == (0, 1, torch.device("cpu"))
-    assert world == distributed.single("cpu")
+    assert world == d.single("cpu")
     assert not torch.distributed.is_initialized()
-    assert distributed.agree(True, world) is True
-    assert distributed.agree(False, world) is False
-    assert distributed.gather_objects([3], world) == [[3]]
-    distributed.barrier(world)
-    distributed.stop(world)
+    assert d.agree(True, world) is True
+    assert d.agree(False, world) is False
+    assert d.gather_objects([3], world) == [[3]]
+    d.barrier(world)
+    d.stop(world)
 
 
 def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -63,21 +34,33 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="cuda"):
-        distributed.start("cuda")
-    assert distributed.start("auto").device.type == "cpu"
+        d.start("cuda")
+    assert d.start("auto").device.type == "cpu"
+
+
+def on_both(rank: int) -> None:
+    world = d.start("cpu", timeout=30)
+    assert (world.rank, world.size, world.device.type) == (rank, 2, "cpu")
+    assert d.agree(world.rank == 1, world) is True
+    assert d.agree(False, world) is False
+    assert d.highest([rank, 5 - rank], world) == [1, 5]
+    assert d.mean(torch.tensor([2.0 * rank, 3.0]), world).tolist() == [1.0, 3.0]
+    values = d.gather_objects({"rank": rank, "none": None, "t": torch.full((3,), rank)}, world)
+    assert [v["rank"] for v in values] == [0, 1] and values[1]["t"].tolist() == [1, 1, 1]
+    assert d.gather_objects(None, world) == [None, None]
+    torch.manual_seed(0)
+    detector = small_detector(score_threshold=0.0)  # type: ignore[arg-type]
+    batches = [batch_of([boxes_for(1, 96, torch.Generator().manual_seed(i))], seed=i) for i in range(3)]
+    batches = [type(b)(b.images, b.sizes, b.sizes, (7 - i,), b.targets) for i, b in enumerate(batches)]
+    together = evaluate_detector(detector, batches[rank::2], world)
+    alone = evaluate_detector(detector, batches, d.single())
+    assert list(together) == list(alone) == [5, 6, 7]
+    assert all(torch.equal(together[k].boxes, alone[k].boxes) and len(alone[k]) for k in alone)
+    d.barrier(world)
+    d.stop(world)
+    d.stop(world)
 
 
 def test_two_ranks_agree_gather_and_evaluate_together(tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    environment = os.environ | common | {"PYTHONPATH": str(ROOT)}
-    ranks = []
-    for rank in ("0", "1"):
-        own = environment | {"RANK": rank, "LOCAL_RANK": rank}
-        command = [sys.executable, "-c", SCRIPT]
-        ranks.append(subprocess.Popen(command, env=own, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True))
-    outputs = [process.communicate(timeout=120)[0] for process in ranks]
-    assert [process.returncode for process in ranks] == [0, 0], "\n".join(outputs)
-    assert "rank 1 done" in outputs[1]
+    ranks = forked(on_both, tmp_path)
+    assert [code for code, _ in ranks] == [0, 0], ranks

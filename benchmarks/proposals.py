@@ -210,8 +210,8 @@ def enlarged(image: np.ndarray, side: int) -> np.ndarray:
 
 def saved_again(image: np.ndarray) -> np.ndarray:
     """The image after one more JPEG compression, quality 95."""
-    data = cv2.imencode(".jpg", image, [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
-    return cv2.imdecode(data, cv2.IMREAD_COLOR)
+    data = cv2.imencode(".jpg", cv2.cvtColor(image, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 95])[1]
+    return cv2.cvtColor(cv2.imdecode(data, cv2.IMREAD_COLOR), cv2.COLOR_BGR2RGB)
 
 
 def main() -> None:

@@ -102,7 +102,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     search = parser.add_argument_group("search")
     search.add_argument(
-        "--mode", choices=MODES, default=DEFAULTS.mode, help="about 1 : 1 : 6 : 20 in time (default soco)"
+        "--mode", choices=MODES, default=DEFAULTS.mode, help="about 1 : 1.5 : 9 : 30 in time (default soco)"
     )
     search.add_argument(
         "--size",

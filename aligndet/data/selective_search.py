@@ -36,7 +36,7 @@ def selective_search(
         image: uint8 [H, W, 3] RGB.
         mode: "soco" is SoCo's grouping (``soco_search``), which the paper's proposals come from. The others are
             OpenCV's: "single" (1 grouping), "fast" (12: 2 colour spaces x 3 segmentations x 2 similarities) and
-            "quality" (100). About 1 : 1 : 6 : 20 in time (benchmarks/proposals.py).
+            "quality" (100). About 1 : 1.5 : 9 : 30 in time (benchmarks/proposals.py).
         size: px, images with a longer side are shrunk to it before the search (never enlarged); None searches at full
             resolution. In either case never more than 2048 px: the memory of OpenCV's search grows with the square of
             the longest side and of the number of segments.

@@ -327,6 +327,8 @@ def _check_combinations(config: Config) -> None:
             f"data.long_side: want at least the largest short side {max(data.short_side)}, got {data.long_side}"
         )
     check_augmentation(data, DataConfig(), optim.batch)
+    if config.compile and config.model.backbone.startswith("swin"):
+        raise ValueError("compile: not with Swin, whose windows of any size take torch.compile too long to trace")
     if not 0 <= data.flip <= 1:
         raise ValueError(f"data.flip: want a probability in 0 .. 1, got {data.flip}")
     _check_task_combinations(config)

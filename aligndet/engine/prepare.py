@@ -30,7 +30,6 @@ from aligndet.engine import distributed
 from aligndet.engine.best import Validation
 from aligndet.engine.boards import check_boards, open_boards
 from aligndet.engine.cocoeval import evaluator_note
-from aligndet.engine.compiling import check_device, compile_parts
 from aligndet.engine.distributed import World
 from aligndet.engine.ema import EMA, ModelAverage
 from aligndet.engine.log import Log
@@ -66,8 +65,6 @@ def prepare(config: Config, world: World) -> Training:
             the run folder with its config.
     """
     check_boards(config)
-    if config.compile:
-        check_device(world.device)
     _seed_all(config.seed)
     run = open_run(config, world)
     log = Log(run.folder, world)
@@ -88,8 +85,6 @@ def prepare(config: Config, world: World) -> Training:
     else:
         log.truncate(0)
     _same_step(training)
-    if config.compile:
-        log.note(f"compile: {compile_parts(stage.parts)} parts, at their first use")
     if world.rank == 0:
         log.boards = open_boards(config, run.folder, training.config, training.start, log.last)
     training.loader = batches(config, training, stage)
@@ -168,7 +163,6 @@ class Stage:
     model: nn.Module
     backbone: nn.Module
     name_of: Callable[[int], str]
-    parts: Sequence[nn.Module]  # what may be compiled
     ema: EMA | None = None
     measure: Callable[[nn.Module], dict[str, Any]] | None = None
     export: Callable[[nn.Module], dict[str, Any]] | None = None
@@ -209,11 +203,10 @@ def _pretraining(config: Config, log: Log, world: World) -> Stage:
         competitor = SoCo(detector, embedding=method.embedding)
         ema = EMA(competitor.averaged, competitor.momentum)
         name_of = proposals.names.__getitem__
-        return Stage(dataset, collate_views, competitor, detector.backbone, name_of, [detector.backbone], ema)
+        return Stage(dataset, collate_views, competitor, detector.backbone, name_of, ema)
     model = _aligndet(config, detector, mistakes)
     name_of = proposals.names.__getitem__
-    parts = [part for branch in (model.online, model.momentum) if branch for part in branch.convolutional_parts()]
-    return Stage(dataset, collate_views, model, detector.backbone, name_of, parts, _momentum_branch(model))
+    return Stage(dataset, collate_views, model, detector.backbone, name_of, _momentum_branch(model))
 
 
 def _aligndet(config: Config, detector: Detector, mistakes: tuple[str, ...]) -> AlignDet:
@@ -290,8 +283,7 @@ def _fine_tuning(config: Config, log: Log, world: World) -> Stage:
         return content | {"config": settings.to_dict(config)}
 
     name_of = dict(zip(annotations.image_ids.tolist(), annotations.file_names, strict=True)).__getitem__
-    parts = detector.convolutional_parts()
-    return Stage(dataset, _single, FineTune(detector), detector.backbone, name_of, parts, None, measure, export)
+    return Stage(dataset, _single, FineTune(detector), detector.backbone, name_of, None, measure, export)
 
 
 def _image_domain(config: Config, log: Log, world: World) -> Stage:
@@ -311,7 +303,7 @@ def _image_domain(config: Config, log: Log, world: World) -> Stage:
     if config.model.backbone_weights is not None:
         log.note(str(load_backbone(nn.ModuleDict({"backbone": backbone}), config.model.backbone_weights)))
     model = SimSiam(backbone, projection=config.method.projection, bottleneck=config.method.bottleneck)
-    return Stage(dataset, collate_views, model, backbone, dataset.names.__getitem__, [backbone])
+    return Stage(dataset, collate_views, model, backbone, dataset.names.__getitem__)
 
 
 def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) -> Training:

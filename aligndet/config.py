@@ -175,7 +175,6 @@ class Config:
     ema: float | None = knob(None, above=0, tasks=(FINETUNE,))  # decay of averaged weights, as 0.999; see engine/ema.py
     tensorboard: bool = knob(False)  # figures for TensorBoard too, in <run>/tensorboard; needs the package
     wandb: str | None = knob(None)  # the W&B project to send figures to; needs the package
-    compile: bool = knob(False)  # torch.compile of backbone, neck and towers; on GPUs only
     profile: bool = knob(False)  # write trace.json and profile.txt of a few steps into the run folder
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -327,8 +326,6 @@ def _check_combinations(config: Config) -> None:
             f"data.long_side: want at least the largest short side {max(data.short_side)}, got {data.long_side}"
         )
     check_augmentation(data, DataConfig(), optim.batch)
-    if config.compile and config.model.backbone.startswith("swin"):
-        raise ValueError("compile: not with Swin, whose windows of any size take torch.compile too long to trace")
     if not 0 <= data.flip <= 1:
         raise ValueError(f"data.flip: want a probability in 0 .. 1, got {data.flip}")
     _check_task_combinations(config)

@@ -86,10 +86,6 @@ class Detector(nn.Module, ABC):
         """The parts that learn from ``Targets.masks`` alone; by default none."""
         return []
 
-    def convolutional_parts(self) -> list[nn.Module]:
-        """The parts that turn maps into maps, of whatever size: what can be compiled; by default the backbone."""
-        return [self.backbone]
-
     def tied_parts(self) -> list[nn.Module]:
         """The parts that a second branch of the detector shares with it instead of copying; by default none."""
         return []

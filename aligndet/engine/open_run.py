@@ -17,7 +17,7 @@ from aligndet.engine.distributed import World
 FREE_KEYS = (
     *("run:", "device:", "threads:", "log_every:", "save_every:", "eval_every:", "data.workers:"),
     *("keep_checkpoints:", "nonfinite:", "eval_every_epochs:", "early_stop:", "tensorboard:", "wandb:"),
-    *("timeout:", "deterministic:", "profile:", "compile:"),
+    *("timeout:", "deterministic:", "profile:"),
 )
 
 

@@ -17,7 +17,6 @@ from aligndet.data.stream import StepSampler, loader
 from aligndet.engine import distributed, stages
 from aligndet.engine.best import Validation
 from aligndet.engine.boards import check_boards, open_boards
-from aligndet.engine.compiling import check_device, compile_parts
 from aligndet.engine.distributed import World
 from aligndet.engine.ema import ModelAverage
 from aligndet.engine.log import Log
@@ -37,8 +36,6 @@ def prepare(config: Config, world: World) -> Training:
             the run folder with its config.
     """
     check_boards(config)
-    if config.compile:
-        check_device(world.device)
     _repeatable(config.deterministic)
     _seed_all(config.seed)
     run = open_run(config, world)
@@ -64,8 +61,6 @@ def prepare(config: Config, world: World) -> Training:
     else:
         log.truncate(0)
     _same_step(training)
-    if config.compile:
-        log.note(f"compile: {compile_parts(stage.parts)} parts, at their first use")
     if world.rank == 0:
         log.boards = open_boards(config, run.folder, training.config, training.start, log.last)
     training.loader = batches(config, training, stage)

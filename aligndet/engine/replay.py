@@ -40,7 +40,7 @@ def _repeated(dump: dict[str, Any], folder: Path, device: str, world: World) -> 
     """What the step says when it is not finite again; empty if it is finite."""
     tree = dump["config"] | {"run": str(folder), "device": device, "log_every": 1, "nonfinite": "stop"}
     tree |= {key: None for key in ("eval_every", "eval_every_epochs", "early_stop") if key in tree}
-    tree |= {"tensorboard": False, "wandb": None, "profile": False, "compile": False}
+    tree |= {"tensorboard": False, "wandb": None, "profile": False}
     if world.rank == 0 and dump["state"] is not None:
         runfolder.write(folder, dump["state"], keep=1)
     distributed.barrier(world)

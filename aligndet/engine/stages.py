@@ -90,7 +90,6 @@ class Stage:
     model: nn.Module
     backbone: nn.Module
     name_of: Callable[[int], str]
-    parts: Sequence[nn.Module]  # what may be compiled
     ema: EMA | None = None
     measure: Callable[[nn.Module], dict[str, Any]] | None = None
     export: Callable[[nn.Module], dict[str, Any]] | None = None
@@ -130,17 +129,13 @@ def pretraining(config: Config, log: Log, world: World) -> Stage:
         log.warning(0, "model.backbone_weights is not set: the backbone has random weights")
     else:
         log.note(str(load_backbone(detector, config.model.backbone_weights)))
+    name_of = proposals.names.__getitem__
     if method.name == "soco":
         competitor = SoCo(detector, embedding=method.embedding)
         ema = EMA(competitor.averaged, competitor.momentum)
-        name_of = proposals.names.__getitem__
-        return Stage(
-            dataset, collate_views, competitor, detector.backbone, name_of, [detector.backbone], ema, wide=wide
-        )
+        return Stage(dataset, collate_views, competitor, detector.backbone, name_of, ema, wide=wide)
     model = _aligndet(config, detector, mistakes)
-    name_of = proposals.names.__getitem__
-    parts = [part for branch in (model.online, model.momentum) if branch for part in branch.convolutional_parts()]
-    return Stage(dataset, collate_views, model, detector.backbone, name_of, parts, _momentum_branch(model), wide=wide)
+    return Stage(dataset, collate_views, model, detector.backbone, name_of, _momentum_branch(model), wide=wide)
 
 
 def _aligndet(config: Config, detector: Detector, mistakes: tuple[str, ...]) -> AlignDet:
@@ -221,8 +216,7 @@ def fine_tuning(config: Config, log: Log, world: World) -> Stage:
     name_of = dict(zip(annotations.image_ids.tolist(), annotations.file_names, strict=True)).__getitem__
     join = partial(_single, size=(data.jitter_size, data.jitter_size) if data.augment == "jitter" else None)
     model, wide = FineTune(detector), dataset.wide() if data.group_aspect else None
-    parts = detector.convolutional_parts()
-    return Stage(dataset, join, model, detector.backbone, name_of, parts, None, measure, export, wide)
+    return Stage(dataset, join, model, detector.backbone, name_of, None, measure, export, wide)
 
 
 def _window(config: Config) -> Draw | None:

@@ -196,10 +196,6 @@ class FCOS(Detector):
         counts = tuple(torch.bincount(level, minlength=len(self.strides)).tolist())
         return [self._detect(scores[i], centerness[i], clip(boxes[i], sizes[i]), counts) for i in range(images)]
 
-    def convolutional_parts(self) -> list[nn.Module]:
-        """Backbone, neck and both towers."""
-        return [self.backbone, self.neck, self.head.classification, self.head.box]
-
     def region_features(self, features: list[Tensor], boxes: Tensor, image: Tensor, height: int) -> Tensor:
         """The mean over each box of the neck's map of its size: [N, C]."""
         return pooled_mean(self.neck(features[1:]), boxes, image, height)

@@ -165,10 +165,6 @@ class RetinaNet(Detector):
             found.append(Detections(boxes[chosen], score[chosen], label[chosen]))
         return found
 
-    def convolutional_parts(self) -> list[nn.Module]:
-        """Backbone, neck and both towers."""
-        return [self.backbone, self.neck, self.head.classification, self.head.box]
-
     def region_features(self, features: list[Tensor], boxes: Tensor, image: Tensor, height: int) -> Tensor:
         """The mean over each box of the neck's map of its size: [N, C]."""
         return pooled_mean(self.neck(features[1:]), boxes, image, height)

@@ -189,10 +189,6 @@ class TwoStage(Detector):
         deltas, regions = candidates.deltas.split(candidates.counts), candidates.boxes.split(candidates.counts)
         return [self._detect(*parts) for parts in zip(scores, deltas, regions, sizes, strict=True)]
 
-    def convolutional_parts(self) -> list[nn.Module]:
-        """Backbone and neck; regions are no maps."""
-        return [self.backbone, self.neck]
-
     def mask_parts(self) -> list[nn.Module]:
         """The mask head and its last layer."""
         return [] if self.mask_head is None else [self.mask_head, self.predictors["mask"]]

@@ -252,7 +252,7 @@ def image_domain(config: Config, log: Log, world: World) -> Stage:
     if config.model.backbone_weights is not None:
         log.note(str(load_backbone(nn.ModuleDict({"backbone": backbone}), config.model.backbone_weights)))
     model = SimSiam(backbone, projection=config.method.projection, bottleneck=config.method.bottleneck)
-    return Stage(dataset, collate_views, model, backbone, dataset.names.__getitem__, [backbone])
+    return Stage(dataset, collate_views, model, backbone, dataset.names.__getitem__)
 
 
 def _momentum_branch(model: AlignDet) -> EMA | None:

@@ -45,8 +45,20 @@ def verdict(title: str, gains: list[float], aim: float) -> str:
     )
 
 
+def other_studies(path: Path) -> list[str]:
+    """The rows of all other studies of one file: each way of pre-training, over its seeds and folds."""
+    record, lines = json.loads(path.read_text()), []
+    for study, found in record["studies"].items():
+        for row in found["rows"] if study != "main" else []:
+            setting = row["setting"]
+            start = f"| {study} | {record['set']}, {setting['labelled']} | {setting['steps']} | `{record['detector']}` "
+            lines += [f"{start}| {way} | {figures(runs)} | {len(runs)} |" for way, runs in row["results"].items()]
+    return lines
+
+
 def main() -> None:
-    rows = [row for path in sorted(RESULTS.glob("low_data_*.json")) for row in main_rows(path)]
+    files = sorted(RESULTS.glob("low_data_*.json"))
+    rows = [row for path in files for row in main_rows(path)]
     print("| set, labels | steps | detector | backbone only: AP / AP50 / AP75 | AlignDet | AP gain | passes at step |")
     print("|---|---|---|---|---|---|---|")
     for row in rows:
@@ -62,6 +74,10 @@ def main() -> None:
         print(verdict(title, chosen, aim))
     early = [row for row in rows if (row["passes_at_step"] or 10**9) <= row["setting"]["steps"] / 2]
     print(f"the other's final AP is reached in half the steps or less in {len(early)} of {len(rows)} rows")
+    if lines := [line for path in files for line in other_studies(path)]:
+        print("\n| study | set, labels | steps | detector | pre-training | AP / AP50 / AP75 | runs |")
+        print("|---|---|---|---|---|---|---|")
+        print(*lines, sep="\n")
 
 
 if __name__ == "__main__":

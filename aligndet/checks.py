@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from aligndet.config import Config, DataConfig
 
+LARGEST = 16384  # px
 READ_BY = {"crop_first": "detr", "crop_sides": "detr", "jitter_size": "jitter", "jitter_scale": "jitter"}
 
 
@@ -28,6 +29,9 @@ def check_augmentation(data: DataConfig, plain: DataConfig, batch: int) -> None:
         values = getattr(data, name)
         if len(values) != 2 or values[0] > values[1]:
             raise ValueError(f"data.{name}: want two ascending numbers, least and most, got {list(values)}")
+    for name, value in (("jitter_size", data.jitter_size), ("crop_first", max(data.crop_first))):
+        if value > LARGEST:
+            raise ValueError(f"data.{name}: want at most {LARGEST} px, got {value}")
     if data.group_aspect and data.augment == "jitter":
         raise ValueError("data.group_aspect: has no effect with data.augment jitter, whose images are all squares")
     if data.group_aspect and batch == 1:

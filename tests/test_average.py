@@ -185,6 +185,45 @@ def test_settings_that_would_do_nothing_are_refused(top: dict[str, Any], message
     assert message in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("optim", "keys", "shown"),
+    [
+        ({"epochs": 2}, {"eval_every": 6}, "every 6 steps has no effect in a run of 6 steps"),
+        (
+            {"epochs": 2},
+            {"eval_every": 2, "early_stop": 2},
+            "every 2 steps and early_stop 2 has no effect",
+        ),
+        ({"steps": 5}, {"eval_every_epochs": 2}, "every 6 steps has no effect in a run of 5 steps"),
+    ],
+)
+def test_validations_that_never_come_are_refused_in_other_units_too(
+    optim: dict[str, int],
+    keys: dict[str, int],
+    shown: str,
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """7 labelled images in batches of 3: three steps an epoch."""
+    length = {"lr": 0.01, "batch": 3, "warmup": 0} | optim
+    with pytest.raises(SystemExit) as ended:
+        train(finetune_config(scenes, tmp_path / "run", optim=length, **keys))
+    assert ended.value.code == 2
+    assert shown in capsys.readouterr().err
+
+
+def test_a_result_that_cannot_be_written_is_one_line(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "run/metrics.json").mkdir(parents=True)
+    with pytest.raises(SystemExit) as ended:
+        train(finetune_config(scenes, tmp_path / "run"), "optim.steps=2")
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 2
+    assert last.startswith("aligndet: ") and "metrics.json" in last
+
+
 def test_the_average_is_part_of_what_a_run_is(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     config = finetune_config(scenes, tmp_path / "run", ema=0.5)
     train(config, "optim.steps=2")

@@ -59,6 +59,10 @@ def test_shipped_files_load_and_survive_a_round_trip(path: Path) -> None:
         (minimal(data={"train": "t", "augment": "lsj"}), "data.augment: want one of plain, detr, jitter, got 'lsj'"),
         (minimal(data={"train": "t", "jitter_size": 640}), "data.jitter_size: only read by data.augment jitter, which"),
         (
+            minimal(data={"train": "t", "augment": "jitter", "jitter_size": 99999}),
+            "data.jitter_size: want at most 16384 px, got 99999",
+        ),
+        (
             minimal(data={"train": "t", "augment": "detr", "jitter_scale": [0.3, 1.5]}),
             "data.jitter_scale: only read by",
         ),

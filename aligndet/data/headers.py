@@ -82,10 +82,10 @@ def _scan_start(data: bytes) -> int:
 
 
 def _jpeg_size(data: bytes) -> tuple[int, int] | None:
-    turned = False
+    turned: bool | None = None  # by the first EXIF block, as OpenCV reads it
     for marker, start, end in _segments(data):
-        if marker == 0xE1 and data[start : start + 6] == b"Exif\0\0":
-            turned = turned or _orientation(data[start + 6 : end]) in (5, 6, 7, 8)
+        if marker == 0xE1 and turned is None and data[start : start + 6] == b"Exif\0\0":
+            turned = _orientation(data[start + 6 : end]) in (5, 6, 7, 8)
         if marker in _FRAMES and start + 5 <= len(data):
             height, width = struct.unpack(">HH", data[start + 1 : start + 5])
             if not height:

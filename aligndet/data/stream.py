@@ -31,7 +31,8 @@ class StepSampler(Sampler[list[tuple[int, int]]]):
         wide: bool [length], a kind of each image; None: all are alike. With it the images of a step are of one kind.
             Each kind keeps the order of the permutations and waits until it fills a step, over the end of an epoch if
             need be: each image still comes once per epoch, but for less than ``batch`` of each kind that come in the
-            first steps of the next.
+            first steps of the next. A kind of fewer images than ``batch`` waits for more than an epoch, and its steps
+            then hold images twice.
 
     Raises:
         ValueError: ``batch`` is not divisible by ranks times passes.

@@ -44,28 +44,41 @@ class WeightsAndBiases:
     Args:
         project: its name.
         config: plain values of the run's config.
-        sent: the last step that an earlier process wrote. W&B takes no step twice: repeated ones, which are the same
-            numbers again, are left out.
+        sent: the last step of training and the last one with a validation that an earlier process wrote. W&B deletes
+            nothing: repeated ones, which are the same numbers again, are left out.
+
+    Raises:
+        ValueError: W&B does not take the run, for example without a login; or ``wandb.json`` has no id.
     """
 
-    def __init__(self, folder: Path, project: str, config: dict[str, Any], sent: int) -> None:
+    def __init__(self, folder: Path, project: str, config: dict[str, Any], sent: tuple[int, int]) -> None:
         import wandb
 
         note = folder / "wandb.json"
         if note.exists():
-            number = str(json.loads(note.read_text())["id"])
+            try:
+                number = str(json.loads(note.read_text())["id"])
+            except (ValueError, KeyError, TypeError):
+                raise ValueError(f"wandb: {note} has no id of a run; delete it to begin another one") from None
         else:
             number = secrets.token_hex(4)
             checkpoint.replace(note, json.dumps({"id": number, "project": project}).encode())
         self.sent = sent
-        self.run = wandb.init(
-            project=project, id=number, name=folder.name, dir=str(folder), config=config, resume="allow"
-        )
+        try:
+            self.run = wandb.init(
+                project=project, id=number, name=folder.name, dir=str(folder), config=config, resume="allow"
+            )
+        except wandb.Error as error:
+            reason = " ".join(str(error).split())
+            raise ValueError(f"wandb: {reason} (`wandb login`, or WANDB_MODE=offline)") from None
+        # The axis is ours: a validation comes after the figures of its step, perhaps from another process.
+        self.run.define_metric("step")
+        self.run.define_metric("*", step_metric="step")
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Numbers by name, of one step; they are sent by a process of W&B's."""
-        if step > self.sent:
-            self.run.log(values, step=step)
+        if step > self.sent[any(name.startswith("validation") for name in values)]:
+            self.run.log(values | {"step": step})
 
     def close(self) -> None:
         """Wait until everything is sent."""
@@ -82,13 +95,13 @@ def check_boards(config: Config) -> None:
             raise ValueError(f"{key}: the package {key} is not installed; `pip install {key}`, or leave {key} out")
 
 
-def open_boards(config: Config, folder: Path, plain: dict[str, Any], after: int, sent: int) -> list[Board]:
+def open_boards(config: Config, folder: Path, plain: dict[str, Any], after: int, sent: tuple[int, int]) -> list[Board]:
     """Those that the config asks for.
 
     Args:
         plain: the config as plain values.
         after: steps of the checkpoint that the run continues from; 0 at its start.
-        sent: the last step in the log of the process before.
+        sent: the last step of training and the last with a validation in the log of the process before.
     """
     boards: list[Board] = []
     if config.tensorboard:

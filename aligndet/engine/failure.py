@@ -17,14 +17,16 @@ MISTAKE, INTERRUPTED, LOST = 2, 130, 75  # 75 is EX_TEMPFAIL of sysexits.h: not 
 
 @contextlib.contextmanager
 def one_line_errors() -> Iterator[None]:
-    """A caller's mistake becomes one line on stderr and exit code 2; ALIGNDET_TRACEBACK=1 shows where it arose.
+    """A caller's mistake, or a file that cannot be read or written, becomes one line on stderr and exit code 2.
+
+    ALIGNDET_TRACEBACK=1 shows where it arose.
 
     Of several ranks the one that failed first says why. One that only waited for it ends with code 75, and names it
     where it is the first of its machine. Any other error keeps its traceback; the other ranks hear of it, too.
     """
     try:
         yield
-    except (ValueError, FileNotFoundError, FloatingPointError, MemoryError) as error:
+    except (ValueError, OSError, FloatingPointError, MemoryError) as error:
         _say(_message(error))
         if os.environ.get("ALIGNDET_TRACEBACK"):
             raise

@@ -32,7 +32,7 @@ class Log:
         self.main = world.rank == 0
         self.began: tuple[int, float] | None = None  # step and time of the first progress since the start
         self.boards: list[Board] = []
-        self.last = 0  # step of the last record that ``truncate`` found
+        self.last = (0, 0)  # the last step of training and the last validation that ``truncate`` found
         if self.main and self.path.exists():
             # What a kill left unfinished must go before anything is appended to it.
             content = self.path.read_bytes()
@@ -91,7 +91,10 @@ class Log:
         if not self.main or not self.path.exists():
             return
         records = read_log(self.path)
-        self.last = max((record.get("step", 0) for record in records), default=0)
+        training, validation = (
+            max((r["step"] for r in records if key in r), default=0) for key in ("losses", "metrics")
+        )
+        self.last = (training, validation)
         kept = [record for record in records if record.get("step", 0) <= step]
         temporary = self.path.with_suffix(".tmp")
         temporary.write_text("".join(json.dumps(record) + "\n" for record in kept))

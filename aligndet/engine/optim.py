@@ -60,7 +60,12 @@ def build_optimizer(
         for (factor, decay), params in groups.items()
     ]
     if name == "sgd":
-        return torch.optim.SGD(rows, lr=lr, momentum=momentum, fused=True)
+        sgd = torch.optim.SGD(rows, lr=lr, momentum=momentum, fused=True)
+        # Where fp16 overflows in the first step, torch's fused kernel leaves the buffers that it has just allocated as
+        # they are, and the next step takes what lies there for the momentum.
+        for parameter in (p for params in groups.values() for p in params if momentum):
+            sgd.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+        return sgd
     if name == "adamw":
         return torch.optim.AdamW(rows, lr=lr, fused=True)
     raise ValueError(f"optimizer: want sgd or adamw, got {name!r}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import fields
 
@@ -24,13 +25,17 @@ def on_device(loader: Iterable[Batches], device: torch.device) -> Iterator[tuple
         return
     stream = torch.cuda.Stream(device)
 
+    arrived: deque[torch.cuda.Event] = deque()  # of the batches that are under way, in their order
+
     def send(batches: Batches) -> Batches:
         with torch.cuda.stream(stream):
-            return tuple(batch.to(device, non_blocking=True) for batch in batches)
+            sent = tuple(batch.to(device, non_blocking=True) for batch in batches)
+            arrived.append(stream.record_event())
+        return sent
 
     def receive(batches: Batches) -> None:
         current = torch.cuda.current_stream(device)
-        current.wait_stream(stream)
+        current.wait_event(arrived.popleft())  # not for the whole stream, where the next batch is on its way already
         for tensor in tensors_of(batches):
             tensor.record_stream(current)  # its memory is not given to the next copy before this step is done
 

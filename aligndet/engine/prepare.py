@@ -161,7 +161,7 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
         amp=optim.amp,
         log_every=config.log_every,
         average=None if config.ema is None else ModelAverage(stage.model, config.ema),
-        validation=_validation(stage, every, config.early_stop),
+        validation=_validation(stage, every, config.early_stop, steps),
         save_every=config.save_every,
         keep=config.keep_checkpoints,
         nonfinite=config.nonfinite,
@@ -170,7 +170,10 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
     )
 
 
-def _validation(stage: Stage, every: int, patience: int | None) -> Validation | None:
+def _validation(stage: Stage, every: int, patience: int | None, steps: int) -> Validation | None:
     if not every or stage.measure is None or stage.export is None:
         return None
+    if every * (1 + (patience or 0)) >= steps:  # known only here, where steps and epochs can be compared
+        stop = "" if patience is None else f" and early_stop {patience}"
+        raise ValueError(f"eval_every: every {every} steps{stop} has no effect in a run of {steps} steps")
     return Validation(stage.measure, stage.export, every, patience)

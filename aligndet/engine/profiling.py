@@ -42,8 +42,12 @@ def steps(wanted: bool, folder: Path, log: Log, world: World) -> Iterator[Callab
         table = range_table({item.key: item for item in averages}, on_gpu)
         order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         operators = averages.table(sort_by=order, row_limit=25, max_name_column_width=60)
-        (folder / "profile.txt").write_text(f"{table}\n\n{operators}\n")
-        found.export_chrome_trace(str(folder / "trace.json"))
+        try:
+            (folder / "profile.txt").write_text(f"{table}\n\n{operators}\n")
+            found.export_chrome_trace(str(folder / "trace.json"))
+        except OSError as error:  # training goes on without
+            log.warning(0, f"profile: cannot be written: {error}")
+            return
         log.note(f"{folder / 'trace.json'}, profile.txt: {RECORDED} steps\n{table}")
 
     profiler = torch.profiler.profile(

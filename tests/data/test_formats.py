@@ -208,6 +208,7 @@ def test_sizes_from_headers_are_those_of_the_pixels(tmp_path: Path, shared: Path
         (tmp_path / f"a{suffix}").write_bytes(cv2.imencode(suffix, image)[1].tobytes())
         assert image_size(tmp_path / f"a{suffix}") == (23, 31)
     plain = cv2.imencode(".jpg", image)[1].tobytes()
+    blocks = {}
     for order, sign in (("<", b"II*\0"), (">", b"MM\0*")):
         for orientation in range(1, 9):
             number = [
@@ -215,10 +216,13 @@ def test_sizes_from_headers_are_those_of_the_pixels(tmp_path: Path, shared: Path
                 for part, size in ((8, 4), (1, 2), (0x0112, 2), (3, 2), (1, 4), (orientation, 2), (0, 2), (0, 4))
             ]
             exif = b"Exif\0\0" + sign + b"".join(number)
-            turned = plain[:2] + b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif + plain[2:]
+            blocks[orientation] = b"\xff\xe1" + (len(exif) + 2).to_bytes(2, "big") + exif
             path = tmp_path / "turned.jpg"
-            path.write_bytes(turned)
+            path.write_bytes(plain[:2] + blocks[orientation] + plain[2:])
             assert image_size(path) == read_image(path).shape[:2] == ((31, 23) if orientation > 4 else (23, 31))
+    for first, second in ((1, 6), (6, 1), (3, 8)):  # of two blocks the first counts
+        path.write_bytes(plain[:2] + blocks[first] + blocks[second] + plain[2:])
+        assert image_size(path) == read_image(path).shape[:2]
     for path in [*sorted((shared / "data/coco_by_masks/val").glob("*.jpg"))[:20]]:
         assert image_size(path) == read_image(path).shape[:2]
     assert image_size(tmp_path / "none.jpg") == (0, 0)

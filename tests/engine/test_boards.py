@@ -123,19 +123,23 @@ def test_w_and_b_gets_each_step_once(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("WANDB_SILENT", "true")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        sent: list[tuple[int, float]] = []
-        for after, last, steps in ((0, 0, range(1, 6)), (3, 5, range(4, 8))):
+        sent: list[dict[str, float]] = []
+        # The first process is killed in the validation after step 4, whose figures the second one must not lose.
+        for after, last, steps in ((0, (0, 0), range(1, 5)), (3, (4, 2), range(4, 8))):
             board = WeightsAndBiases(tmp_path, "tests", {"seed": 3}, last)
             record = board.run.log
-            board.run.log = lambda values, step, record=record: (  # type: ignore[method-assign, misc]
-                sent.append((step, values["loss"])),
-                record(values, step=step),
+            board.run.log = lambda values, record=record: (  # type: ignore[method-assign, misc]
+                sent.append(values),
+                record(values),
             )
             for step in steps:
                 board.write(step, {"loss": float(step)})
+                if step % 2 == 0 and (after, step) != (0, 4):
+                    board.write(step, {"validation/AP": step / 10})
             assert after < min(steps)
             board.close()
-    assert sent == [(step, float(step)) for step in range(1, 8)]
+    assert [(row["step"], row["loss"]) for row in sent if "loss" in row] == [(n, float(n)) for n in range(1, 8)]
+    assert [(row["step"], row["validation/AP"]) for row in sent if "loss" not in row] == [(2, 0.2), (4, 0.4), (6, 0.6)]
     assert json.loads((tmp_path / "wandb.json").read_text())["project"] == "tests"
     number = json.loads((tmp_path / "wandb.json").read_text())["id"]
     assert len(glob.glob(str(tmp_path / f"wandb/offline-run-*{number}/*.wandb"))) == 2, "one run, in two parts"
@@ -146,5 +150,5 @@ def test_the_last_step_before_the_truncation_is_known(tmp_path: Path) -> None:
     for step in (1, 2, 3):
         log._write({"step": step, "losses": {}})
     log.truncate(2)
-    assert log.last == 3
+    assert log.last == (3, 0)
     assert [record["step"] for record in read_log(tmp_path / "log.jsonl")] == [1, 2]

@@ -107,3 +107,24 @@ def test_position_tables_of_swin_are_spared_with_the_norms() -> None:
     tables = [p for name, p in model.named_parameters() if name.endswith("relative_position_bias_table")]
     assert len(tables) == 12 and {decays[id(p)] for p in tables} == {0.0}, "2 + 2 + 6 + 2 blocks"
     assert sum(decay == 0.5 for decay in decays.values()) > 40
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_an_overflow_in_the_first_step_leaves_no_trace(name: str) -> None:
+    """As if that step had not been: fp16's scaler begins so high that it is often the first one."""
+    moved = []
+    for overflows in (False, True):
+        torch.manual_seed(0)
+        model, scaler = nn.Linear(64, 64), torch.amp.GradScaler("cpu", init_scale=2.0)
+        optimizer = build_optimizer(model, name=name, lr=0.1, weight_decay=0.01)
+        for gradient in ([float("inf")] if overflows else []) + [1.0, 0.5]:
+            scaler.scale(torch.zeros(()))  # the scaler is set up at its first use
+            for parameter in model.parameters():
+                # Memory that is given back holds what lay there before: the next allocation would show it.
+                del parameter.grad
+                parameter.grad = torch.full_like(parameter, gradient) * scaler.get_scale()
+            scaler.unscale_(optimizer)
+            scaler.step(optimizer)
+            scaler.update()
+        moved.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*moved, rtol=0, atol=0)

@@ -38,6 +38,12 @@ def check_augmentation(data: DataConfig, plain: DataConfig, batch: int) -> None:
         raise ValueError("data.group_aspect: has no effect with optim.batch 1")
 
 
+def check_project(wandb: str | None) -> None:
+    """Refuse a W&B project without a name."""
+    if wandb == "":
+        raise ValueError("wandb: want the name of a project, got none")
+
+
 def check_validation(config: Config) -> None:
     """Refuse settings of validation in fine-tuning that never come into effect."""
     for key in ("eval_every", "eval_every_epochs"):

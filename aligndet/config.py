@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aligndet.checks import check_augmentation, check_validation
+from aligndet.checks import check_augmentation, check_project, check_validation
 from aligndet.typed import checked, read_yaml, shown
 
 TASKS = ("pretrain", "finetune", "image_domain")
@@ -185,7 +185,8 @@ class Config:
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
     """The config of a YAML file with ``key.sub=value`` overrides on top.
 
-    Values of overrides are read as YAML (``data.short_side=[256, 320]``, ``optim.clip=null``).
+    Values of overrides are read as YAML (``data.short_side=[256, 320]``, ``optim.clip=null``). A key that knows no null
+    has its default with it.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -262,6 +263,8 @@ def _build(kind: type, tree: Any, prefix: str) -> Any:
     for key, value in tree.items():
         if key not in known:
             raise ValueError(_unknown(f"{prefix}{key if isinstance(key, str) else shown(key)}"[:200]))
+        if value is None and type(None) not in typing.get_args(hints[key]):
+            continue  # null: the default again
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _build(typing.cast(type, hints[key]), value, f"{key}.")
         else:
@@ -326,6 +329,7 @@ def _check_combinations(config: Config) -> None:
             f"data.long_side: want at least the largest short side {max(data.short_side)}, got {data.long_side}"
         )
     check_augmentation(data, DataConfig(), optim.batch)
+    check_project(config.wandb)
     if not 0 <= data.flip <= 1:
         raise ValueError(f"data.flip: want a probability in 0 .. 1, got {data.flip}")
     _check_task_combinations(config)

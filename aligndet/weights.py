@@ -212,6 +212,12 @@ def load_detector(path: str | Path) -> tuple[Detector, tuple[str, ...]]:
     return detector.eval(), tuple(content["classes"])
 
 
+def evaluation_size(path: str | Path) -> tuple[int, int]:
+    """(short side, long side) px at which the detector of a file is evaluated; (800, 1333) where it says none."""
+    data = read_weights(path).get("config", {}).get("data", {})
+    return int(data.get("eval_short_side", 800)), int(data.get("long_side", 1333))
+
+
 def _tensors(content: dict[str, Any], wrappers: tuple[str, ...], path: str | Path) -> dict[str, Tensor]:
     for wrapper in wrappers:
         if isinstance(content.get(wrapper), dict):

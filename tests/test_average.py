@@ -139,7 +139,7 @@ def test_a_run_that_no_longer_improves_stops_and_says_so(
         patch.setattr("aligndet.engine.stages.metrics_of", scripted([0.3, 0.4, 0.4, 0.1]))
         train(config)
         told = capsys.readouterr().err
-        assert "stops early after step 4: 2 validations without more than AP 40.0" in told
+        assert "stops early after step 4: no AP above 40.0 in the last 2 validations" in told
         assert "model.pt: written after 4 steps" in told
         state = runfolder.newest(tmp_path / "run")[1]
         assert (state["step"], state["stale"], state["best"]) == (4, 2, 0.4)

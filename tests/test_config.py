@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from aligndet.config import Config, differences, from_dict, load_config, to_dict
+from aligndet.config import Config, DataConfig, differences, from_dict, load_config, to_dict
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NEEDS: dict[str, dict[str, str]] = {
@@ -118,6 +118,10 @@ def test_overrides_win_and_are_read_as_yaml(tmp_path: Path) -> None:
     config = load_config(path, overrides)
     assert (config.seed, config.data.short_side, config.optim.epochs) == (5, (31, 37), 3)
     assert config.data.val == "a=b.json"
+    path.write_text("task: finetune\nrun: r\ndata: {train: t, short_side: [31]}\noptim: {steps: 7, clip: 3}\n")
+    config = load_config(path, ["data.short_side=null", "optim.clip=null"])
+    assert config.data.short_side == DataConfig().short_side, "null: the default, where null is no value"
+    assert config.optim.clip is None
     with pytest.raises(ValueError, match="want key=value"):
         load_config(path, ["seed"])
     with pytest.raises(ValueError, match="task is not a section"):

@@ -66,7 +66,9 @@ def test_bad_arguments_are_named_and_leave_the_mode(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["mask_rcnn", "detr"])
-def test_the_command_writes_coco_results_and_drawings(name: str, tmp_path: Path) -> None:
+def test_the_command_writes_coco_results_and_drawings(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     torch.manual_seed(0)
     build = {"name": name, "backbone": "resnet18", "num_classes": 2, "width": 0.25, "channels": 32, "frozen_stages": 1}
     torch.save(export_detector(build_detector(**build), ["cat", "dog"], build), tmp_path / "model.pt")
@@ -93,6 +95,12 @@ def test_the_command_writes_coco_results_and_drawings(name: str, tmp_path: Path)
     drawn = cv2.imread(str(tmp_path / "out" / "drawn" / "deep" / "two.png.png"))
     assert drawn.shape == (113, 53, 3)
     assert (drawn != cv2.imread(str(tmp_path / "in" / "deep" / "two.png"))).any()
+    assert "short side of 96 px" in capsys.readouterr().out
+    content = torch.load(tmp_path / "model.pt", weights_only=True)
+    torch.save(content | {"config": {"data": {"eval_short_side": 64, "long_side": 112}}}, tmp_path / "of_a_run.pt")
+    out = ["--weights", str(tmp_path / "of_a_run.pt"), "--out", str(tmp_path / "again"), "--score-threshold", "0.001"]
+    assert main(["predict", str(tmp_path / "one.png"), *out]) == 0, "lower than the detector's own threshold"
+    assert "short side of 64 px, the long one at most 112" in capsys.readouterr().out
     with pytest.raises(SystemExit) as stopped:
         broken = str(tmp_path / "in" / "broken.jpg")
         main(["predict", broken, "--weights", str(tmp_path / "model.pt"), "--out", str(tmp_path / "out")])

@@ -195,10 +195,10 @@ def fit(training: Training) -> None:
                 t.log.progress(done, t.steps, losses_read, figures)
                 recent.clear()
                 spent = 0.0
+            after_step()
             improved, ends = _validated(t) if measures else (False, False)
             if saves or improved or ends:
                 save(t, done, improved)
-            after_step()
             if signal:
                 raise guard.Stopped(signal)
 
@@ -339,9 +339,11 @@ def _validated(training: Training) -> tuple[bool, bool]:
     found = t.validation.measured(t.models, t.world)
     t.log.metrics(t.done, found[list(t.models)[-1]], found[RAW] if AVERAGE in found else None)
     improved = t.validation.keep(t.folder, t.done, t.models, found, t.world)
+    if improved:
+        t.log.note(f"best.pt: step {t.done}, AP {100 * (t.validation.best or 0.0):.1f}, the best so far")
     if t.validation.hopeless:
         best = "none" if t.validation.best is None else f"{100 * t.validation.best:.1f}"
-        t.log.note(f"stops early after step {t.done}: {t.validation.stale} validations without more than AP {best}")
+        t.log.note(f"stops early after step {t.done}: no AP above {best} in the last {t.validation.stale} validations")
     return improved, t.validation.hopeless
 
 

@@ -20,7 +20,7 @@ from aligndet.models import folded
 from aligndet.plots.figures import COLOURS, draw_boxes, draw_masks
 from aligndet.predict import predict
 from aligndet.structures import Detections
-from aligndet.weights import load_detector
+from aligndet.weights import evaluation_size, load_detector
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,8 +29,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--weights", required=True, help="model.pt of a fine-tuning run, or of aligndet convert")
     parser.add_argument("--out", required=True, help="folder for detections.json and the drawn images")
     parser.add_argument("--score-threshold", type=float, default=0.3, help="lowest score kept (default 0.3)")
-    parser.add_argument("--short-side", type=int, default=800, help="px the images are resized to (default 800)")
-    parser.add_argument("--long-side", type=int, default=1333, help="px, upper bound (default 1333)")
+    parser.add_argument("--short-side", type=int, help="px the images are resized to (default: data.eval_short_side)")
+    parser.add_argument("--long-side", type=int, help="px, upper bound (default: data.long_side of the training)")
     parser.add_argument("--no-draw", action="store_true", help="write detections.json only")
 
 
@@ -42,13 +42,16 @@ def run(args: argparse.Namespace) -> int:
     """
     detector, classes = load_detector(args.weights)
     detector = folded(detector)
+    detector.score_threshold = min(detector.score_threshold, args.score_threshold)
     files = _files(args.images)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
     annotations: list[dict[str, Any]] = []
     unreadable = 0
-    sides = {"short_side": args.short_side, "long_side": args.long_side}
+    short_side, long_side = evaluation_size(args.weights)
+    sides = {"short_side": args.short_side or short_side, "long_side": args.long_side or long_side}
+    print(f"images are resized to a short side of {sides['short_side']} px, the long one at most {sides['long_side']}")
     for number, (file, name) in enumerate(files, 1):
         try:
             found = predict(detector, [file], args.score_threshold, **sides)[0]

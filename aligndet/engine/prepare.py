@@ -14,7 +14,7 @@ import torch
 from aligndet import config as settings
 from aligndet.config import Config
 from aligndet.data.stream import StepSampler, loader
-from aligndet.engine import distributed, stages
+from aligndet.engine import distributed, profiling, stages
 from aligndet.engine.best import Validation
 from aligndet.engine.boards import check_boards, open_boards
 from aligndet.engine.distributed import World
@@ -61,6 +61,14 @@ def prepare(config: Config, world: World) -> Training:
     else:
         log.truncate(0)
     _same_step(training)
+    if config.profile:
+        every = None if training.validation is None else training.validation.every
+        hindrance = profiling.hindrance(training.start, training.steps, every)
+        if hindrance and training.start == 0:
+            raise ValueError(hindrance)
+        if hindrance:  # an interrupted run continues all the same
+            log.warning(training.start, f"{hindrance}; goes on without")
+            training.profile = False
     if world.rank == 0:
         log.boards = open_boards(config, run.folder, training.config, training.start, log.last)
     training.loader = batches(config, training, stage)

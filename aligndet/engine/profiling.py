@@ -14,6 +14,7 @@ from aligndet.engine.distributed import World
 from aligndet.engine.log import Log
 
 LEFT_OUT, WARM_UP, RECORDED = 3, 1, 5  # steps: slow first ones, the profiler's own first one, those in the trace
+STEPS = LEFT_OUT + WARM_UP + RECORDED
 # Ranges that ``record_function`` marks in the code, and those inside of them.
 RANGES = {
     "data": (),
@@ -33,7 +34,7 @@ def steps(wanted: bool, folder: Path, log: Log, world: World) -> Iterator[Callab
     if not wanted or world.rank > 0:
         yield lambda: None
         return
-    left, on_gpu = LEFT_OUT + WARM_UP + RECORDED, world.device.type == "cuda"
+    left, on_gpu = STEPS, world.device.type == "cuda"
 
     def ready(found: Any) -> None:
         if left:  # the run ends before its time
@@ -65,8 +66,22 @@ def steps(wanted: bool, folder: Path, log: Log, world: World) -> Iterator[Callab
     with profiler:
         yield after_step
         if left:
-            needed = LEFT_OUT + WARM_UP + RECORDED
-            log.warning(0, f"profile: want {needed} steps or more from start or continuation on; fewer were run")
+            log.warning(0, f"profile: want {STEPS} steps from start or continuation on; fewer were run")
+
+
+def hindrance(start: int, steps: int, validate_every: int | None) -> str:
+    """Why nothing can be recorded from step ``start`` on: the run ends before, or a validation comes in between.
+
+    Empty where nothing hinders.
+    """
+    if start + STEPS > steps:
+        return f"profile: want {STEPS} steps to run, got {max(0, steps - start)}"
+    if validate_every is not None and start // validate_every != (start + STEPS - 1) // validate_every:
+        return (
+            f"profile: a validation after every {validate_every} steps would be recorded, too, within the {STEPS} "
+            f"steps from {start} on; take a longer eval_every"
+        )
+    return ""
 
 
 def range_table(averages: dict[str, Any], on_gpu: bool) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -42,11 +42,46 @@ def test_a_profile_is_written_and_training_stays_the_same(scenes: Path, tmp_path
     assert any("trace.json" in record.get("note", "") for record in read_log(tmp_path / "watched/log.jsonl"))
 
 
-def test_a_run_that_is_too_short_for_a_profile_says_so(scenes: Path, tmp_path: Path) -> None:
-    train(pretrain_config(scenes, tmp_path / "run"), "profile=true", "optim.steps=4")
+def test_a_run_that_is_too_short_for_a_profile_is_refused_and_a_continued_one_goes_on(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = pretrain_config(scenes, tmp_path / "run")
+    with pytest.raises(SystemExit) as ended:
+        train(config, "profile=true", "optim.steps=8", "save_every=4")
+    assert ended.value.code == 2 and "profile: want 9 steps to run, got 8" in capsys.readouterr().err
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr("aligndet.engine.loop._report", stop_at(6))
+        train(config, "optim.steps=9", "save_every=4", "log_every=1")
+    train(config, "profile=true", "optim.steps=9", "save_every=4", "log_every=1")
     warnings = [record["warning"] for record in read_log(tmp_path / "run/log.jsonl") if "warning" in record]
-    assert any("profile: want 9 steps or more" in line for line in warnings)
-    assert not (tmp_path / "run/trace.json").exists()
+    assert any("profile: want 9 steps to run, got 5; goes on without" in line for line in warnings)
+    assert not (tmp_path / "run/trace.json").exists() and (tmp_path / "run/pretrained.pt").exists()
+
+
+def stop_at(last: int) -> Callable[[object, int, list[str]], None]:
+    """In place of the loop's report: ends the run after step ``last``."""
+
+    def report(training: object, step: int, unread: list[str]) -> None:
+        if step == last:
+            raise ValueError("enough")
+
+    return report
+
+
+@pytest.mark.parametrize(
+    ("start", "steps", "every", "words"),
+    [
+        (0, 9, None, ""),
+        (0, 8, None, "want 9 steps to run, got 8"),
+        (0, 20, 9, ""),  # after the last recorded step
+        (0, 20, 8, "a validation after every 8 steps"),
+        (8, 20, 8, "a validation after every 8 steps"),  # after step 16
+        (9, 30, 18, ""),
+    ],
+)
+def test_validations_are_not_recorded(start: int, steps: int, every: int | None, words: str) -> None:
+    found = profiling.hindrance(start, steps, every)
+    assert words in found and bool(found) == bool(words)
 
 
 def test_the_table_by_hand() -> None:

@@ -263,11 +263,9 @@ def _build(kind: type, tree: Any, prefix: str) -> Any:
     for key, value in tree.items():
         if key not in known:
             raise ValueError(_unknown(f"{prefix}{key if isinstance(key, str) else shown(key)}"[:200]))
-        if value is None and type(None) not in typing.get_args(hints[key]):
-            continue  # null: the default again
         if dataclasses.is_dataclass(hints[key]):
             values[key] = _build(typing.cast(type, hints[key]), value, f"{key}.")
-        else:
+        elif value is not None or type(None) in typing.get_args(hints[key]):  # else null: the default again
             values[key] = checked(value, hints[key], known[key].metadata, f"{prefix}{key}")
     return kind(**values)
 

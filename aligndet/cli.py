@@ -18,7 +18,7 @@ from aligndet.engine.cocoeval import evaluator_note
 from aligndet.engine.failure import one_line_errors
 from aligndet.engine.finish import evaluate, finish, summary
 from aligndet.engine.loop import fit
-from aligndet.engine.prepare import prepare
+from aligndet.engine.prepare import prepare, repeatable
 from aligndet.version import __version__
 from aligndet.weights import load_detector
 
@@ -79,6 +79,7 @@ def evaluate_weights(argv: Sequence[str] | None = None) -> int:
     with one_line_errors():
         config = load_config(args.cfg, args.overrides)
         world = _start(config)
+        repeatable(config.deterministic)
         detector, classes = load_detector(args.weights)
         folder = Path(args.out) if args.out else Path(args.weights).parent / "eval"
         metrics = evaluate(config, detector, classes, world, folder)

@@ -159,7 +159,7 @@ class Config:
     weights: str | None = knob(None, tasks=(FINETUNE,))  # our pre-trained detector to start from
     device: str = knob("auto", choices=("auto", "cpu", "cuda"))
     threads: int | None = knob(None, above=0)  # CPU threads per rank; None: torch's default
-    timeout: float = knob(600.0, least=1)  # s that a rank waits for another one before it fails
+    timeout: float = knob(600.0, least=1)  # s that a rank waits for another one before it fails; all have 600 to start
     deterministic: bool = knob(False)  # only operations that repeat bit for bit; on GPUs some are slower
     log_every: int = knob(10, above=0)  # steps
     save_every: int = knob(500, above=0)  # steps

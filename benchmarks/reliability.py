@@ -43,6 +43,10 @@ from aligndet.engine import runfolder
 from aligndet.engine.log import read_log
 
 ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from tests.engine.test_checkpoint import same  # noqa: E402
+
 RESULTS = ROOT / "benchmarks/results/reliability.json"
 STEPS, SAVE_EVERY = 60, 2
 MODEL = {"backbone": "resnet18", "width": 0.25, "channels": 32, "convolutions": 1, "levels": 3}
@@ -284,17 +288,6 @@ def differences(whole: Path, cut: Path, export: str) -> list[str]:
     curves = [[[record[key] for key in keys] for record in log if "losses" in record] for log in logs]
     found += [] if same(*exported) else [export]
     return found + ([] if curves[0] == curves[1] and len(curves[0]) == STEPS else ["loss curve"])
-
-
-def same(a: Any, b: Any) -> bool:
-    """Equal to the last bit."""
-    if isinstance(a, torch.Tensor):
-        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
-    if isinstance(a, dict):
-        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[key], b[key]) for key in a)
-    if isinstance(a, (list, tuple)):
-        return type(a) is type(b) and len(a) == len(b) and all(map(same, a, b))
-    return type(a) is type(b) and a == b
 
 
 def measured(process: int) -> dict[str, int]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from aligndet.assigners import PositivesFirst
+from aligndet.cli import evaluate_weights
 from aligndet.config import load_config
 from aligndet.engine import distributed, runfolder
 from aligndet.engine.log import read_log
@@ -64,6 +65,18 @@ def test_the_key_switches_operations_without_a_deterministic_form_off(
     for name, value in (("on", "true"), ("off", "false")):
         train(pretrain_config(scenes, tmp_path / name, steps=1), f"deterministic={value}")
     assert seen == [True, False]
+
+
+def test_evaluation_reads_the_key_too(scenes: Path, tmp_path: Path) -> None:
+    """The weights are not there: what comes before them has happened."""
+    config = str(finetune_config(scenes, tmp_path / "run"))
+    try:
+        for word in ("true", "false"):
+            with pytest.raises(SystemExit):
+                evaluate_weights(["--cfg", config, "--weights", str(tmp_path / "none.pt"), f"deterministic={word}"])
+            assert torch.are_deterministic_algorithms_enabled() == (word == "true")
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def test_the_learning_rate_is_scaled_and_the_log_says_so(scenes: Path, tmp_path: Path) -> None:

@@ -14,12 +14,6 @@ GREY = (0.2989, 0.587, 0.114)  # of red, green and blue, as in torchvision
 _RAMP = torch.arange(256, dtype=torch.uint8).expand(3, 1, 256)
 
 
-def random_colour(image: Tensor, rng: np.random.Generator) -> Tensor:
-    """One of the nine colour operations, uniformly, at a random magnitude; uint8 [3, H, W] in and out."""
-    name, magnitude = draw_colour(rng)
-    return COLOURS[name](image, magnitude)
-
-
 def draw_colour(rng: np.random.Generator) -> tuple[str, int]:
     """A name of ``COLOURS``, uniformly, and its magnitude, a whole number 1 .. 9 (method section 3)."""
     name = list(COLOURS)[int(rng.integers(len(COLOURS)))]

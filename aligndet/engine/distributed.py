@@ -180,15 +180,6 @@ def barrier(world: World) -> None:
         dist.barrier()
 
 
-def agree(flag: bool, world: World) -> bool:
-    """True on every rank if it is on any."""
-    if world.size == 1:
-        return flag
-    value = torch.tensor(float(flag), device=world.device)
-    dist.all_reduce(value, dist.ReduceOp.MAX)
-    return bool(value.item())
-
-
 def highest(numbers: Sequence[int], world: World) -> list[int]:
     """Of each number the highest of all ranks; between processors, so that no rank waits for its device."""
     if world.size == 1:

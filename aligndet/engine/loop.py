@@ -137,9 +137,7 @@ def fit(training: Training) -> None:
                 break
             began, data_time = time.perf_counter(), 0.0
             recent.append(Step(step, checkpoint.rng_state()))
-            rate = t.learning_rate(step)
-            for group in t.optimizer.param_groups:
-                group["lr"] = rate * group["factor"]
+            rate = _set_rate(t, step)
 
             sums: dict[str, Tensor] = {}
             for part in range(t.accumulate):
@@ -170,9 +168,7 @@ def fit(training: Training) -> None:
             if bad and (t.nonfinite == "stop" or bad_in_a_row > guard.MOST_SKIPPED):
                 give_up(t, step, recent, sums)
             if bad:
-                t.bad_steps += 1
-                t.log.warning(step + 1, f"a loss or gradient is not finite: step left out ({t.bad_steps} so far)")
-                first_bad.fill_(guard.NEVER)
+                _leave_out(t, step, first_bad)
             else:
                 with record_function("optimizer"):
                     t.scaler.step(t.optimizer)
@@ -191,8 +187,9 @@ def fit(training: Training) -> None:
                 _report(t, done, unread)
                 times = {"data_time": data_time, "step_time": step_time}
                 times["images_per_second"] = len(recent) * t.batch / spent
-                figures = {"lr": rate, "gradient_norm": norm.item(), **times, **t.figures()}
-                t.log.progress(done, t.steps, losses_read, figures)
+                t.log.progress(
+                    done, t.steps, losses_read, {"lr": rate, "gradient_norm": norm.item(), **times, **t.figures()}
+                )
                 recent.clear()
                 spent = 0.0
             after_step()
@@ -321,6 +318,22 @@ def _synchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextMan
 
 def _autocast(world: World, amp: str) -> contextlib.AbstractContextManager[Any]:
     return torch.autocast(world.device.type, dtype=PRECISIONS[amp], enabled=amp != "off")
+
+
+def _set_rate(training: Training, step: int) -> float:
+    """Give each group of parameters its learning rate of this step; that of groups with factor 1."""
+    rate = training.learning_rate(step)
+    for group in training.optimizer.param_groups:
+        group["lr"] = rate * group["factor"]
+    return rate
+
+
+def _leave_out(training: Training, step: int, first_bad: Tensor) -> None:
+    """Count a step that is not finite, and go on as if it had not been."""
+    t = training
+    t.bad_steps += 1
+    t.log.warning(step + 1, f"a loss or gradient is not finite: step left out ({t.bad_steps} so far)")
+    first_bad.fill_(guard.NEVER)
 
 
 def _follow(training: Training, step: int) -> None:

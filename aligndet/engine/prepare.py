@@ -36,7 +36,7 @@ def prepare(config: Config, world: World) -> Training:
             the run folder with its config.
     """
     check_boards(config)
-    _repeatable(config.deterministic)
+    repeatable(config.deterministic)
     _seed_all(config.seed)
     run = open_run(config, world)
     log = Log(run.folder, world)
@@ -99,7 +99,7 @@ def _seed_all(seed: int) -> None:
     random.seed(seed)
 
 
-def _repeatable(on: bool) -> None:
+def repeatable(on: bool) -> None:
     """Only operations that give the same bits each time, in this process; those that have no such form raise.
 
     The processor's are all of that kind. The workspace of cuBLAS counts from its first use on, which is after this.

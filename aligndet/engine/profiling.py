@@ -37,6 +37,7 @@ def steps(wanted: bool, folder: Path, log: Log, world: World) -> Iterator[Callab
     left, on_gpu = STEPS, world.device.type == "cuda"
 
     def ready(found: Any) -> None:
+        """Write what was recorded; called by torch once, at the end of the last recorded step or of the run."""
         if left:  # the run ends before its time
             return
         averages = found.key_averages()

@@ -97,6 +97,11 @@ class Stage:
 
 
 def pretraining(config: Config, log: Log, world: World) -> Stage:
+    """Two views of images with proposals, and AlignDet or SoCo on them; what was found and loaded goes to the log.
+
+    Raises:
+        ValueError, FileNotFoundError: images, proposals or weights do not serve, or pseudo-classes are missing.
+    """
     data, method = config.data, config.method
     assert data.images is not None and data.proposals is not None
     proposals = open_proposals(data.proposals)
@@ -174,6 +179,11 @@ def pretraining_arguments(config: Config) -> dict[str, Any]:
 
 
 def fine_tuning(config: Config, log: Log, world: World) -> Stage:
+    """Labelled images and a detector on them, from pre-trained weights, a backbone's or none; it can be measured.
+
+    Raises:
+        ValueError, FileNotFoundError: labels, images or weights do not serve.
+    """
     data = config.data
     annotations, root, rows = training_annotations(config)
     dataset = LabelledImages(
@@ -236,6 +246,11 @@ def _window(config: Config) -> Draw | None:
 
 
 def image_domain(config: Config, log: Log, world: World) -> Stage:
+    """Two crops of images without labels, and SimSiam on a backbone.
+
+    Raises:
+        ValueError, FileNotFoundError: there are no images, or the weights do not fit.
+    """
     data = config.data
     assert data.images is not None
     dataset = CropPairs(

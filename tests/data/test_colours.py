@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms.v2 import functional as F
 
-from aligndet.data.colours import COLOURS, draw_colour, random_colour
+from aligndet.data.colours import COLOURS, draw_colour
 
 # Largest difference in levels. Mixing with grey or a smoothed image rounds in another place.
 ALLOWED = dict.fromkeys(COLOURS, 0) | {"colour": 1, "sharpness": 1}
@@ -66,6 +66,3 @@ def test_all_operations_and_magnitudes_are_drawn() -> None:
     rng = np.random.default_rng(0)
     drawn = {draw_colour(rng) for _ in range(2000)}
     assert drawn == {(name, magnitude) for name in COLOURS for magnitude in range(1, 10)}
-    image = torch.randint(0, 256, (3, 17, 19), dtype=torch.uint8)
-    name, magnitude = draw_colour(np.random.default_rng(4))
-    assert torch.equal(random_colour(image, np.random.default_rng(4)), COLOURS[name](image, magnitude))

@@ -23,6 +23,7 @@ def state() -> dict[str, object]:
 
 
 def same(a: object, b: object) -> bool:
+    """Equal to the last bit."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and a.numpy().tobytes() == b.numpy().tobytes()
     if isinstance(a, dict):

@@ -22,8 +22,7 @@ def test_alone_every_question_is_answered_at_once(monkeypatch: pytest.MonkeyPatc
     assert (world.rank, world.size, world.device) == (0, 1, torch.device("cpu"))
     assert world == d.single("cpu")
     assert not torch.distributed.is_initialized()
-    assert d.agree(True, world) is True
-    assert d.agree(False, world) is False
+    assert d.highest([3, 0], world) == [3, 0]
     assert d.gather_objects([3], world) == [[3]]
     d.barrier(world)
     d.stop(world)
@@ -41,9 +40,7 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 def on_both(rank: int) -> None:
     world = d.start("cpu", timeout=30)
     assert (world.rank, world.size, world.device.type) == (rank, 2, "cpu")
-    assert d.agree(world.rank == 1, world) is True
-    assert d.agree(False, world) is False
-    assert d.highest([rank, 5 - rank], world) == [1, 5]
+    assert d.highest([rank, 5 - rank, 0], world) == [1, 5, 0]
     assert d.mean(torch.tensor([2.0 * rank, 3.0]), world).tolist() == [1.0, 3.0]
     values = d.gather_objects({"rank": rank, "none": None, "t": torch.full((3,), rank)}, world)
     assert [v["rank"] for v in values] == [0, 1] and values[1]["t"].tolist() == [1, 1, 1]

@@ -77,6 +77,26 @@ def test_an_error_that_all_ranks_have_is_told_once(scenes: Path, tmp_path: Path)
     assert len(told) == 1 and "nowhere" in told[0]
 
 
+def test_a_rank_that_fails_later_still_learns_who_failed_first(scenes: Path, tmp_path: Path) -> None:
+    config = pretrain_config(scenes, tmp_path / "run")
+    ranks = forked(training(config, "data.images=nowhere", fault=slow_to_tell), tmp_path)
+    assert [code for code, _ in ranks] == [2, 2]
+    assert lines(ranks[0][1]) == ["aligndet: rank 0: images nowhere: no such folder"]
+    assert lines(ranks[1][1]) == [], "the store, in rank 0, was gone when rank 1 asked it"
+
+
+def slow_to_tell(rank: int) -> None:
+    """Rank 1 needs a second from its error to its first word of it."""
+    tell = distributed.first_failure
+
+    def later(message: str) -> tuple[int, str]:
+        time.sleep(1)
+        return tell(message)
+
+    if rank == 1:
+        pytest.MonkeyPatch().setattr(distributed, "first_failure", later)
+
+
 def test_a_killed_rank_is_named_by_the_other(scenes: Path, tmp_path: Path) -> None:
     config = pretrain_config(scenes, tmp_path / "run")
     ranks = forked(training(config, fault=on_rank_1(3, send(signal.SIGKILL))), tmp_path)

@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 
 TIMEOUT = 600.0  # s that a rank waits for the others, by default
+LAST_WORDS = 3.0  # s that the rank with the store stays for the others when all end
 # What gloo, the store and nccl say when another rank is gone, and when it does not answer.
 GONE = (
     *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Application timeout", "NCCL error"),
@@ -101,12 +102,28 @@ def first_failure(message: str) -> tuple[int, str]:
     That is this rank itself where no other failed before, and where the launcher's store cannot be reached.
     """
     rank = int(os.environ.get("RANK", 0))
+    first = rank, message
+    launcher = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     # Before start, only torchrun's own store is sure to be there.
-    if launched() and (dist.is_initialized() or os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"):
-        with contextlib.suppress(RuntimeError, ValueError):
-            text = _board().compare_set("failure", "", f"{rank} {message}").decode()
-            return int(text.partition(" ")[0]), text.partition(" ")[2]
-    return rank, message
+    if launched() and (dist.is_initialized() or launcher):
+        with contextlib.suppress(RuntimeError, ValueError, OSError):
+            board = _board()
+            told = board.compare_set("failure", "", f"{rank} {message}").decode().partition(" ")
+            first = int(told[0]), told[2]
+            board.set(f"told {rank}", "")
+            if rank == 0 and not launcher:  # the store lives in this process
+                _await_told(board)
+    return first
+
+
+def _await_told(board: dist.Store) -> None:
+    """Until every rank that lives has told why it ends: those that fail alike do so a moment apart."""
+    deadline, size = time.monotonic() + LAST_WORDS, int(os.environ["WORLD_SIZE"])
+    while time.monotonic() < deadline:
+        gone = {rank for rank, _ in _killed()}
+        if all(other in gone or board.check([f"told {other}"]) for other in range(size)):
+            return
+        time.sleep(0.02)
 
 
 def lost(error: RuntimeError) -> str:
@@ -117,7 +134,7 @@ def lost(error: RuntimeError) -> str:
     if any(words in text for words in GONE):
         for _ in range(20):  # the connection ends a moment before the process does
             with contextlib.suppress(RuntimeError, ValueError, OSError):
-                known = ", ".join(_killed())
+                known = ", ".join(f"rank {rank} (process {process})" for rank, process in _killed())
             if known:
                 break
             time.sleep(0.05)
@@ -125,8 +142,8 @@ def lost(error: RuntimeError) -> str:
     return "another rank does not answer in time (timeout)" if any(words in text for words in SILENT) else ""
 
 
-def _killed() -> Iterator[str]:
-    """The ranks on this machine whose process is no more."""
+def _killed() -> Iterator[tuple[int, str]]:
+    """The ranks on this machine whose process is no more, and that process."""
     board = _board()
     for rank in range(int(os.environ["WORLD_SIZE"])):
         if not board.check([f"process {rank}"]):
@@ -136,7 +153,7 @@ def _killed() -> Iterator[str]:
         # A process that nobody has waited for yet is a zombie, Z.
         dead = not status.exists() or status.read_text().rpartition(")")[2].split()[0] in "ZX"
         if host == socket.gethostname() and Path("/proc/self").exists() and dead:
-            yield f"rank {rank} (process {process})"
+            yield rank, process
 
 
 @functools.cache

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
+from aligndet.ops.counts import counts_of
 from aligndet.structures import BACKGROUND, Targets
 
 # Point-box pairs looked at in one go: bounds memory for crowded images, about 100 MiB.
@@ -36,7 +37,7 @@ def assign_center(
         FCOS (arXiv:1904.01355), section 3.2; method section 1.2.
     """
     matched = torch.full((images, len(points)), BACKGROUND, dtype=torch.int64, device=points.device)
-    counts = torch.bincount(targets.image, minlength=images).tolist()  # the one host synchronisation
+    counts = counts_of(targets.image, images).tolist()  # the one host synchronisation
     start = 0
     for image, count in enumerate(counts):
         boxes = targets.boxes[start : start + count]

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.profiler import record_function
 
 from aligndet.ops.boxes import area, iou_matrix, overlap_areas
+from aligndet.ops.counts import counts_of
 from aligndet.structures import BACKGROUND, IGNORED, Targets
 
 # Candidate-box pairs looked at in one go: bounds memory for crowded images, about 200 MiB.
@@ -64,10 +65,10 @@ class IoUAssigner:
             int64 [sum of N_b], images one after another.
         """
         images = len(candidates)
-        counts = torch.bincount(targets.image, minlength=images)
+        counts = counts_of(targets.image, images)
         crowds, crowd_image = targets.crowds, targets.crowd_image
         if crowd_image is not None:
-            counts = torch.cat([counts, torch.bincount(crowd_image, minlength=images)])
+            counts = torch.cat([counts, counts_of(crowd_image, images)])
         numbers = counts.tolist()  # the one host synchronisation
         starts = [sum(numbers[:image]) for image in range(images)]
         masks = allowed.split([len(boxes) for boxes in candidates]) if allowed is not None else None

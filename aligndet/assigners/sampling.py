@@ -47,7 +47,7 @@ class PositivesFirst:
         """
         group = image if self.scope == "image" else torch.zeros_like(image)
         positive = _first(matched >= 0, group, self.limit - round(self.limit * self.background))
-        taken = torch.bincount(group, positive.double(), minlength=1)[group] if len(group) else group
+        taken = _positions(positive, group, right=True) - _positions(positive, group)
         room = self.limit - taken
         if self.negatives is not None:
             room = torch.minimum(room, (taken * self.negatives).to(room.dtype))
@@ -60,8 +60,17 @@ def _first(wanted: Tensor, group: Tensor, limit: int | Tensor) -> Tensor:
     # Sorted by (group, unwanted, random), the rank within a group says who is in.
     key = torch.rand(len(wanted), dtype=torch.float64, device=wanted.device) / 2 + group + 0.5 * ~wanted
     order = key.argsort()
-    sizes = torch.bincount(group, minlength=1)
-    rank = torch.arange(len(wanted), device=wanted.device) - (sizes.cumsum(0) - sizes)[group[order]]
+    ordered = group[order]
+    rank = torch.arange(len(wanted), device=wanted.device) - torch.searchsorted(ordered, ordered)
     ranks = torch.empty_like(rank)
     ranks[order] = rank
     return wanted & (ranks < limit)
+
+
+def _positions(chosen: Tensor, group: Tensor, right: bool = False) -> Tensor:
+    """How many chosen rows are of a group before that of each row, or up to it (``right``): int64 [N].
+
+    Searching waits for no GPU and adds nothing up, whose order could change from run to run.
+    """
+    last = torch.iinfo(torch.int64).max
+    return torch.searchsorted(torch.where(chosen, group, last).sort().values, group, right=right)

@@ -20,6 +20,7 @@ from aligndet.models.dense_head import Head, at_points, best_per_level, convolut
 from aligndet.models.fpn import FPN
 from aligndet.models.priors import Points, points_of
 from aligndet.ops.boxes import clip
+from aligndet.ops.counts import counts_of
 from aligndet.ops.reduce import mean_over_ranks
 from aligndet.protocol import Detector, pooled_mean
 from aligndet.structures import Candidates, Detections, Targets, class_of
@@ -193,7 +194,7 @@ class FCOS(Detector):
         centerness = candidates.centerness.float().sigmoid().view(images, -1)
         boxes = candidates.boxes.view(images, -1, 4)
         level = candidates.level.view(images, -1)[0]
-        counts = tuple(torch.bincount(level, minlength=len(self.strides)).tolist())
+        counts = tuple(counts_of(level, len(self.strides)).tolist())
         return [self._detect(scores[i], centerness[i], clip(boxes[i], sizes[i]), counts) for i in range(images)]
 
     def region_features(self, features: list[Tensor], boxes: Tensor, image: Tensor, height: int) -> Tensor:

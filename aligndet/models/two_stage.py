@@ -20,6 +20,7 @@ from aligndet.models.rpn import RPN, Objectness
 from aligndet.ops.boxes import clip
 from aligndet.ops.coders import DeltaCoder
 from aligndet.ops.constants import constants
+from aligndet.ops.counts import counts_of
 from aligndet.ops.reduce import mean_over_ranks
 from aligndet.ops.roi_align import level_of, multilevel_roi_align
 from aligndet.protocol import Detector, Sampler
@@ -215,14 +216,14 @@ class TwoStage(Detector):
 
     def _sampled(self, regions: list[Tensor], targets: Targets) -> tuple[list[Tensor], Tensor]:
         """Proposals and the boxes themselves, matched and sampled. Source: method section 1.4."""
-        counts = torch.bincount(targets.image, minlength=len(regions)).tolist()
+        counts = counts_of(targets.image, len(regions)).tolist()
         truth = targets.boxes.split(counts)
         regions = [torch.cat([boxes, part]) for boxes, part in zip(truth, regions, strict=True)]
         numbers = constants([len(part) for part in regions], targets.boxes, torch.int64)
         image = torch.repeat_interleave(torch.arange(len(regions), device=numbers.device), numbers)
         matched = self.assigner(regions, targets)
         rows = (self.sample or self.sample_regions)(matched, image)
-        kept = torch.bincount(image[rows], minlength=len(regions)).tolist()
+        kept = counts_of(image[rows], len(regions)).tolist()
         return list(torch.cat(regions)[rows].split(kept)), matched[rows]
 
     def _detect(self, scores: Tensor, deltas: Tensor, regions: Tensor, size: Tensor) -> Detections:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torchvision.ops import roi_align as torchvision_roi_align
 
+from aligndet.ops.counts import counts_of
 from aligndet.ops.cuda_module import module_for, say_once
 from aligndet.ops.roi_align_cpu import by_sums
 from aligndet.ops.roi_align_cuda import Grid, Kernels, RoIAlign, fits
@@ -90,7 +91,7 @@ def by_torchvision(levels: list[Tensor], boxes: Tensor, image: Tensor, level: Te
         high = torch.maximum(low, high)  # the same zeros; for inverted boxes the op would ask for negative memory
     rois = torch.cat([image[:, None].to(kind), low, high], dim=1)
     order = level.argsort(stable=True)
-    counts = torch.bincount(level, minlength=len(levels)).tolist()
+    counts = counts_of(level, len(levels)).tolist()
     ratio = grid.sampling_ratio or -1
     parts = [
         torchvision_roi_align(features.to(kind), part, grid.size, 1 / stride, ratio, grid.aligned)

@@ -94,6 +94,7 @@ class Detections:
         patches: float [n, S, S], probabilities spread over each box: masks as a detector gives them, before
             ``resized`` pastes them into the image.
         snapped: whether ``patches`` are pasted into whole pixels.
+        encoded: in place of ``masks`` where many images are kept: pycocotools' run lengths of each.
     """
 
     boxes: Tensor
@@ -102,14 +103,15 @@ class Detections:
     masks: Tensor | None = None
     patches: Tensor | None = None
     snapped: bool = False
+    encoded: tuple[dict[str, Any], ...] | None = None
 
     def __len__(self) -> int:
         return len(self.boxes)
 
     def to(self, device: torch.device | str) -> Detections:
         """The same detections on ``device``."""
-        values = {item.name: getattr(self, item.name) for item in fields(self)}
-        return replace(self, **{name: _moved(v, device, False) for name, v in values.items() if name != "snapped"})
+        names = ("boxes", "scores", "labels", "masks", "patches")
+        return replace(self, **{name: _moved(getattr(self, name), device, False) for name in names})
 
     def resized(self, size: tuple[int, int], original: tuple[int, int]) -> Detections:
         """Boxes carried from an image resized to ``size`` back to its ``original`` size, clipped to it.
@@ -128,7 +130,10 @@ class Detections:
     def chosen(self, rows: Tensor) -> Detections:
         """Only the given rows: int64 [k] or bool [n]."""
         masks, patches = (None if part is None else part[rows] for part in (self.masks, self.patches))
-        return Detections(self.boxes[rows], self.scores[rows], self.labels[rows], masks, patches, self.snapped)
+        encoded = self.encoded
+        if encoded is not None:
+            encoded = tuple(encoded[row] for row in torch.arange(len(self))[rows.cpu()].tolist())
+        return Detections(self.boxes[rows], self.scores[rows], self.labels[rows], masks, patches, self.snapped, encoded)
 
 
 @dataclass(frozen=True)

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 
 from aligndet import cli
-from aligndet.engine import runfolder
+from aligndet.engine import guard, runfolder
 from aligndet.engine.log import read_log
 from aligndet.pretrain import AlignDet
 from tests.engine.test_checkpoint import Malicious, same
@@ -178,6 +179,23 @@ def test_a_bad_step_is_left_out_on_request(scenes: Path, tmp_path: Path) -> None
     assert all(value.isfinite().all() for value in state["model"].values())
 
 
+def test_a_gradient_that_no_scale_keeps_finite_ends_a_run_in_fp16(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The scaler leaves out steps that overflow, without end where the loss is finite and its gradient is NaN."""
+    forward = AlignDet.forward
+
+    def without_gradient(self: AlignDet, *views: object) -> dict[str, torch.Tensor]:
+        losses = forward(self, *views)  # type: ignore[arg-type]
+        return losses | {"box": losses["box"] + (losses["box"] * 0).sqrt()}  # 0, of derivative infinity times 0
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AlignDet, "forward", without_gradient)
+        line = failure(capsys, lambda: train(pretrain_config(scenes, tmp_path / "run", steps=60), "optim.amp=fp16"))
+    # 65536 is halved 30 times before it is below 1e-4.
+    assert line.startswith("aligndet: step 31: loss is not finite or its gradient is not"), line
+
+
 def test_checkpoints_that_do_not_belong_are_refused_in_one_line(
     scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,3 +263,39 @@ def test_out_of_memory_names_the_images(scenes: Path, tmp_path: Path, capsys: py
     assert len(named) == 4, line
     assert all((scenes / "images" / name).exists() and max(int(w), int(h)) <= 128 for name, w, h in named)
     assert "optim.accumulate" in line and "Tried to allocate 2.00 GiB" in line and "Second line" not in line
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("aligndet.engine.loop.on_device", "step 1: out of memory before its images were there"),
+        ("torch.amp.GradScaler.step", "step 1: out of memory with the images "),
+    ],
+)
+def test_out_of_memory_elsewhere_is_one_line_too(
+    place: str,
+    words: str,
+    scenes: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """While a batch is sent to the device, and in the first step of an optimizer, which makes its averages."""
+
+    def full(*arguments: object) -> Iterator[object]:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+        yield
+
+    def full_at_once(*arguments: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(place, full if place.endswith("on_device") else full_at_once)
+    line = failure(capsys, lambda: train(pretrain_config(scenes, tmp_path / "run")))
+    assert line.startswith(f"aligndet: {words}")
+
+
+def test_out_of_memory_in_a_validation_names_what_to_change() -> None:
+    with pytest.raises(MemoryError, match=r"validation: out of memory; .*data\.eval_short_side"), guard.memory_of(None):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+    with pytest.raises(RuntimeError, match="other"), guard.memory_of(None):
+        raise RuntimeError("other")

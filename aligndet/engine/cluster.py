@@ -25,6 +25,7 @@ from aligndet.data.progress import Progress
 from aligndet.data.proposals import ProposalFile, open_proposals, write_proposals
 from aligndet.data.transforms import resize
 from aligndet.data.views import read_proposed
+from aligndet.engine.distributed import device_for
 from aligndet.models import build_backbone
 from aligndet.models.backbones import BACKBONES, Backbone
 from aligndet.models.pointwise import with_pointwise
@@ -92,9 +93,7 @@ def run(args: argparse.Namespace) -> int:
         raise ValueError(f"--clusters: want at most the {len(proposals.boxes)} boxes of {args.proposals}")
     if not Path(args.images).is_dir():
         raise FileNotFoundError(f"--images {args.images}: no such folder")
-    device = "cuda" if args.device == "auto" and torch.cuda.is_available() else args.device.replace("auto", "cpu")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--device: want cuda, but torch finds no GPU; take cpu or auto")
+    device = device_for(args.device, "--device")
     network = build_backbone(args.backbone, width=args.width)
     load_backbone(nn.ModuleDict({"backbone": network}), args.weights)
     with_pointwise(network)
@@ -241,7 +240,7 @@ def extract(extractor: Extractor, state: State, progress: Progress) -> np.ndarra
 
 
 def cluster(
-    features: np.ndarray, settings: Settings, state: State, progress: Progress, device: str
+    features: np.ndarray, settings: Settings, state: State, progress: Progress, device: torch.device
 ) -> tuple[np.ndarray, float, int]:
     """Pseudo-class of each row (int32 [M]), mean squared distance from the centres, and steps taken."""
 

@@ -21,8 +21,9 @@ TIMEOUT = 600.0  # s that a rank waits for the others, by default
 LAST_WORDS = 3.0  # s that the rank with the store stays for the others when all end
 # What gloo, the store and nccl say when another rank is gone, and when it does not answer.
 GONE = (
-    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Application timeout", "NCCL error"),
-    *("Socket closed", "Failed to recv", "Connection was likely closed", "connectFullMesh", "remote process exited"),
+    *("Connection closed by peer", "Connection reset by peer", "Broken pipe", "Application timeout", "connectFullMesh"),
+    *("Socket closed", "Failed to recv", "Connection was likely closed", "remote process exit", "ncclRemoteError"),
+    "NCCL communicator was aborted",
 )
 SILENT = ("Timed out waiting", "wait timeout", "Wait timeout", "timed out after")
 
@@ -49,6 +50,17 @@ def single(device: str = "cpu") -> World:
     return World(0, 1, torch.device(device))
 
 
+def device_for(device: str, option: str = "device") -> torch.device:
+    """Where a process computes that is told "auto" (a GPU where there is one), "cpu" or "cuda".
+
+    Raises:
+        ValueError: "cuda" without a GPU; names ``option``.
+    """
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"{option}: want cuda, but torch finds no GPU; take cpu or auto")
+    return torch.device("cuda" if device != "cpu" and torch.cuda.is_available() else "cpu")
+
+
 def start(device: str = "auto", timeout: float = TIMEOUT) -> World:
     """Join the processes of torchrun, or stand alone without it; gloo on CPU, nccl on CUDA.
 
@@ -59,11 +71,8 @@ def start(device: str = "auto", timeout: float = TIMEOUT) -> World:
     Raises:
         ValueError: "cuda" without a GPU, or more local ranks than GPUs.
     """
-    gpus = torch.cuda.device_count()
-    if device == "cuda" and gpus == 0:
-        raise ValueError("device: want cuda, but torch finds no GPU; take device=cpu or device=auto")
-    on_gpu = device == "cuda" or (device == "auto" and gpus > 0)
-    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    on_gpu = device_for(device).type == "cuda"
+    local_rank, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
     if on_gpu and local_rank >= gpus:
         raise ValueError(f"local rank {local_rank} has no GPU: {gpus} found; take --nproc-per-node {gpus}")
     target = torch.device("cuda", local_rank) if on_gpu else torch.device("cpu")
@@ -230,5 +239,5 @@ def gather_objects(value: Any, world: World) -> list[Any]:
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=world.host)  # through no GPU's memory
     return values

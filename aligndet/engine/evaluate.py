@@ -10,6 +10,7 @@ import sys
 import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -93,7 +94,7 @@ def evaluate_detector(detector: Detector, loader: Batches, world: World, amp: st
         amp: "off", "bf16" or "fp16".
 
     Returns:
-        The same on every rank, ascending by image id.
+        The same on every rank, ascending by image id; masks ``encoded``: those of COCO's 5000 images would be 140 GiB.
     """
     found: dict[int, Detections] = {}
     began = reported = time.monotonic()
@@ -128,7 +129,7 @@ def save_predictions(
     """
     truth = read_truth(annotation_file, classes)
     found = by_image(detections, truth)
-    masked = any(item.masks is not None for item in found.values())
+    masked = any(item.masks is not None or item.encoded is not None for item in found.values())
     records = []
     for record in _records(found, truth, "segm" if masked else "bbox"):
         kept = {key: record[key] for key in ("image_id", "category_id", "bbox", "score")}
@@ -189,7 +190,16 @@ def _detect(detector: Detector, batch: Batch) -> list[Detections]:
     candidates = detector.candidates(detector.features(batch.images, batch.sizes), batch.sizes)
     found = detector.detect(candidates, batch.sizes)
     sizes = zip(found, batch.sizes.tolist(), batch.original_sizes.tolist(), strict=True)
-    return [item.resized((h, w), (height, width)).to("cpu") for item, (h, w), (height, width) in sizes]
+    return [_compact(item.resized((h, w), (height, width)).to("cpu")) for item, (h, w), (height, width) in sizes]
+
+
+def _compact(item: Detections) -> Detections:
+    return item if item.masks is None else replace(item, masks=None, encoded=_run_lengths(item.masks))
+
+
+def _run_lengths(masks: Tensor) -> tuple[dict[str, Any], ...]:
+    """What pycocotools makes of bool [n, H, W]; nothing where there are none, which it refuses."""
+    return tuple(rle.encode(np.asfortranarray(masks.permute(1, 2, 0).to(torch.uint8).numpy()))) if len(masks) else ()
 
 
 def _records(detections: Mapping[int, Detections], truth: Truth, iou_type: str) -> list[dict[str, Any]]:
@@ -218,17 +228,20 @@ def _records(detections: Mapping[int, Detections], truth: Truth, iou_type: str) 
     return records
 
 
-def _encoded(item: Detections, image_id: int, truth: Truth) -> list[dict[str, Any]]:
+def _encoded(item: Detections, image_id: int, truth: Truth) -> tuple[dict[str, Any], ...]:
     if len(item) == 0:
-        return []
-    if item.masks is None:
-        raise ValueError(f"detections of image {image_id}: iou_type segm wants masks, got boxes only")
-    if tuple(item.masks.shape[1:]) != truth.sizes[image_id]:
-        got = f"{list(item.masks.shape[1:])}, in the file {list(truth.sizes[image_id])}"
+        return ()
+    encoded = item.encoded
+    if encoded is None:
+        if item.masks is None:
+            raise ValueError(f"detections of image {image_id}: iou_type segm wants masks, got boxes only")
+        encoded = _run_lengths(item.masks)
+    if tuple(encoded[0]["size"]) != truth.sizes[image_id]:
+        got = f"{list(encoded[0]['size'])}, in the file {list(truth.sizes[image_id])}"
         raise ValueError(
             f"detections of image {image_id}: want masks of the size (height, width) px of the image, got {got}"
         )
-    return rle.encode(np.asfortranarray(item.masks.permute(1, 2, 0).to(torch.uint8).numpy()))
+    return encoded
 
 
 def _true_records(truth: Truth, iou_type: str) -> list[dict[str, Any]]:

@@ -17,6 +17,8 @@ from aligndet.structures import Batch
 
 NEVER = 2**62  # no step
 MOST_SKIPPED = 10  # steps in a row; more are no outliers
+# Of fp16's losses: torch starts at 65536 and halves it after each overflow. Gradients above 6e8 are no overflow.
+LEAST_SCALE = 1e-4
 NO_MEMORY = ("out of memory", "can't allocate memory", "not enough memory")
 
 
@@ -81,9 +83,14 @@ def mark(first_bad: Tensor, step: int, values: Sequence[Tensor]) -> None:
     torch.minimum(first_bad, torch.where(finite, NEVER, step).to(first_bad), out=first_bad)
 
 
+def scale_is_lost(scaler: torch.amp.GradScaler) -> bool:
+    """Whether no scale of the loss keeps fp16's gradients finite: they are not finite by themselves."""
+    return scaler.is_enabled() and scaler.get_scale() < LEAST_SCALE
+
+
 @contextlib.contextmanager
-def memory_of(step: Step) -> Iterator[None]:
-    """An out-of-memory error that names the images of the step, and how to need less.
+def memory_of(step: Step | None) -> Iterator[None]:
+    """An out-of-memory error that names the images of the step, and how to need less; None: of a validation.
 
     Raises:
         MemoryError: in place of the device's or the allocator's error.
@@ -94,7 +101,11 @@ def memory_of(step: Step) -> Iterator[None]:
         if not any(words in str(error) for words in NO_MEMORY):
             raise
         reason = str(error).strip().splitlines()[0][:200]
+        if step is None:
+            remedy = "take a smaller data.eval_short_side or data.long_side"
+            raise MemoryError(f"validation: out of memory; {remedy} ({reason})") from None
+        images = f"with the images {step.described()}" if step.images else "before its images were there"
         raise MemoryError(
-            f"step {step.step + 1}: out of memory with the images {step.described()}; take a larger optim.accumulate, "
+            f"step {step.step + 1}: out of memory {images}; take a larger optim.accumulate, "
             f"or a smaller data.short_side or optim.batch ({reason})"
         ) from None

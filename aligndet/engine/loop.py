@@ -142,7 +142,7 @@ def fit(training: Training) -> None:
             sums: dict[str, Tensor] = {}
             for part in range(t.accumulate):
                 waiting = time.perf_counter()
-                with record_function("data"):
+                with guard.memory_of(recent[-1]), record_function("data"):
                     (first, *_), batches = next(stream)
                 data_time += time.perf_counter() - waiting
                 unread += first.skipped  # both views of a pair come from one file
@@ -160,9 +160,9 @@ def fit(training: Training) -> None:
             norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
             if t.clip is not None:
                 torch.nn.utils.clip_grads_with_norm_(parameters, t.clip, norm)
-            # An overflow of fp16 shows in the gradient alone; the scaler skips that step itself.
+            # An overflow of fp16 shows in the gradient alone; the scaler skips that step itself, and lowers its scale.
             guard.mark(first_bad, step, [*sums.values(), *([] if t.scaler.is_enabled() else [norm])])
-            seen = t.watched and first_bad.item() < guard.NEVER
+            seen = t.watched and (first_bad.item() < guard.NEVER or guard.scale_is_lost(t.scaler))
             bad, signal = distributed.highest([int(seen), max(signals, default=0)], world)
             bad_in_a_row = bad_in_a_row + 1 if bad else 0
             if bad and (t.nonfinite == "stop" or bad_in_a_row > guard.MOST_SKIPPED):
@@ -170,7 +170,7 @@ def fit(training: Training) -> None:
             if bad:
                 _leave_out(t, step, first_bad)
             else:
-                with record_function("optimizer"):
+                with guard.memory_of(recent[-1]), record_function("optimizer"):
                     t.scaler.step(t.optimizer)
                 _follow(t, step)
             t.scaler.update()
@@ -239,6 +239,8 @@ def resume(training: Training, path: Path, state: dict[str, Any]) -> None:
             t.validation.best, t.validation.stale = state.get("best"), state.get("stale", 0)
         if len(state["rng"]) == t.world.size:
             checkpoint.set_rng_state(state["rng"][t.world.rank])
+            if t.world.device.type == "cuda" and not state["rng"][t.world.rank]["cuda"]:
+                t.log.warning(0, f"{path}: written without a GPU: other random numbers")
         else:
             t.log.warning(0, f"{path}: written by {len(state['rng'])} ranks, not {t.world.size}: other random numbers")
     except (RuntimeError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -349,7 +351,8 @@ def _validated(training: Training) -> tuple[bool, bool]:
     """Measure the model: whether it is the best so far, and whether the run ends since it is not."""
     t = training
     assert t.validation is not None
-    found = t.validation.measured(t.models, t.world)
+    with guard.memory_of(None):
+        found = t.validation.measured(t.models, t.world)
     t.log.metrics(t.done, found[list(t.models)[-1]], found[RAW] if AVERAGE in found else None)
     improved = t.validation.keep(t.folder, t.done, t.models, found, t.world)
     if improved:

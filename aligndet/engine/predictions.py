@@ -16,6 +16,7 @@ from pycocotools import mask as run_length
 
 from aligndet.data.folder import list_images
 from aligndet.data.transforms import read_image
+from aligndet.engine.distributed import device_for
 from aligndet.models import folded
 from aligndet.plots.figures import COLOURS, draw_boxes, draw_masks
 from aligndet.predict import predict
@@ -31,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--score-threshold", type=float, default=0.3, help="lowest score kept (default 0.3)")
     parser.add_argument("--short-side", type=int, help="px the images are resized to (default: data.eval_short_side)")
     parser.add_argument("--long-side", type=int, help="px, upper bound (default: data.long_side of the training)")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu", "cuda"))
     parser.add_argument("--no-draw", action="store_true", help="write detections.json only")
 
 
@@ -41,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
     Images that cannot be read are named and left out, unless there is only one.
     """
     detector, classes = load_detector(args.weights)
-    detector = folded(detector)
+    detector = folded(detector).to(device_for(args.device, "--device"))
     detector.score_threshold = min(detector.score_threshold, args.score_threshold)
     files = _files(args.images)
     out = Path(args.out)

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, schedule
 
 from aligndet.engine.distributed import World
@@ -41,7 +42,8 @@ def steps(wanted: bool, folder: Path, log: Log, world: World) -> Iterator[Callab
         if left:  # the run ends before its time
             return
         averages = found.key_averages()
-        table = range_table({item.key: item for item in averages}, on_gpu)
+        # With a GPU each range is there twice: its second row, of the GPU's timeline, has no time of the processor.
+        table = range_table({i.key: i for i in averages if i.device_type == DeviceType.CPU}, on_gpu)
         order = "self_device_time_total" if on_gpu else "self_cpu_time_total"
         operators = averages.table(sort_by=order, row_limit=25, max_name_column_width=60)
         try:
@@ -90,27 +92,29 @@ def range_table(averages: dict[str, Any], on_gpu: bool) -> str:
 
     Args:
         averages: of ``key_averages``, by name.
-        on_gpu: adds the time in which the GPU worked for a range.
+        on_gpu: adds the time in which the GPU worked for a range; not for the backward pass, which autograd runs in a
+            thread of its own, outside of every range.
     """
     whole = sum(item.cpu_time_total for key, item in averages.items() if key.startswith("ProfilerStep"))
 
-    def row(name: str, total: float, device: float) -> str:
+    def row(name: str, total: float, device: float | None) -> str:
         text = f"{name:22} {total / RECORDED / 1000:9.2f} ms {total / max(whole, 1e-9):6.1%}"
-        return text + (f"  {device / RECORDED / 1000:9.2f} ms on the GPU" if on_gpu else "")
+        return text + (f"  {device / RECORDED / 1000:9.2f} ms on the GPU" if on_gpu and device is not None else "")
 
     def times(name: str) -> tuple[float, float]:
         item = averages.get(name)
         return (0.0, 0.0) if item is None else (item.cpu_time_total, item.device_time_total)
 
-    lines, covered = [], [0.0, 0.0]
+    lines, covered = [], 0.0
     for name, inner in RANGES.items():
         if name not in averages:
             continue
         inside = [(part, *times(part)) for part in inner if part in averages]
-        lines.append(row(name, *times(name)))
+        total, device = times(name)
+        lines.append(row(name, total, None if name == "backward" else device))
         lines += [row(f"  {part}", *numbers) for part, *numbers in inside]
         if inside:
             rest = [times(name)[i] - sum(numbers[i] for _, *numbers in inside) for i in range(2)]
             lines.append(row("  other parts of it", rest[0], rest[1]))
-        covered = [covered[i] + times(name)[i] for i in range(2)]
-    return "\n".join([*lines, row("other", whole - covered[0], 0.0), row("step", whole, covered[1])])
+        covered += total
+    return "\n".join([*lines, row("other", whole - covered, None), row("step", whole, None)])

@@ -5,6 +5,8 @@ from __future__ import annotations
 import ctypes
 import logging
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -56,33 +58,34 @@ class Module:
         self.device = device
         self.target = target_of(torch.cuda.get_device_capability(device))
         self.functions: dict[str, Any] = {}
-        self._enter()
-        try:
-            self.module = checked(driver.cuModuleLoadData(cached_code(name, self.target)))
-        except NoKernelError:
-            # The file in the cache may be damaged; a driver too old for this compiler fails again.
-            self.module = checked(driver.cuModuleLoadData(cached_code(name, self.target, fresh=True)))
+        self.context = checked(driver.cuDevicePrimaryCtxRetain(device))
+        with self._entered():
+            try:
+                self.module = checked(driver.cuModuleLoadData(cached_code(name, self.target)))
+            except NoKernelError:
+                # The file in the cache may be damaged; a driver too old for this compiler fails again.
+                self.module = checked(driver.cuModuleLoadData(cached_code(name, self.target, fresh=True)))
 
     def launch(self, name: str, items: int, lanes: int, parameters: ctypes.Structure) -> None:
         """Start a kernel that takes one struct; returns at once."""
-        self._enter()
-        if name not in self.functions:
-            self.functions[name] = checked(self.driver.cuModuleGetFunction(self.module, name.encode()))
-        blocks, (across, down) = blocks_of(items, lanes)
-        # The driver copies the struct before it returns.
-        pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
-        stream = torch.cuda.current_stream(self.device).cuda_stream
-        shape = (blocks, 1, 1, across, down, 1)
-        checked(self.driver.cuLaunchKernel(self.functions[name], *shape, 0, stream, ctypes.addressof(pointers), 0))
+        with self._entered():
+            if name not in self.functions:
+                self.functions[name] = checked(self.driver.cuModuleGetFunction(self.module, name.encode()))
+            blocks, (across, down) = blocks_of(items, lanes)
+            # The driver copies the struct before it returns.
+            pointers = (ctypes.c_void_p * 1)(ctypes.addressof(parameters))
+            stream = torch.cuda.current_stream(self.device).cuda_stream
+            shape = (blocks, 1, 1, across, down, 1)
+            checked(self.driver.cuLaunchKernel(self.functions[name], *shape, 0, stream, ctypes.addressof(pointers), 0))
 
-    def _enter(self) -> None:
-        """Make the device's context the thread's current one, where torch has not done so yet."""
-        context = checked(self.driver.cuDevicePrimaryCtxRetain(self.device)) if not self._entered() else None
-        if context is not None:
-            checked(self.driver.cuCtxSetCurrent(context))
-
-    def _entered(self) -> bool:
-        return int(checked(self.driver.cuCtxGetCurrent())) != 0
+    @contextmanager
+    def _entered(self) -> Iterator[None]:
+        """The device's context is the thread's current one, whatever torch's device was and will be again."""
+        with torch.cuda.device(self.device):
+            # Where torch has not made it so yet: in a thread of autograd, say.
+            if int(checked(self.driver.cuCtxGetCurrent())) != int(self.context):
+                checked(self.driver.cuCtxSetCurrent(self.context))
+            yield
 
 
 @cache

@@ -37,6 +37,26 @@ def test_a_gpu_that_is_not_there_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
     assert d.start("auto").device.type == "cpu"
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        ("Connection reset by peer", "is gone"),
+        ("NCCL error in: x.cpp:1, remote process exited or there was a network error\nncclRemoteError: ...", "is gone"),
+        ("NCCL communicator was aborted on rank 1.", "is gone"),
+        ("Timed out waiting 5000ms for recv operation to complete", "does not answer"),
+        ("NCCL error in: x.cpp:1, invalid usage\nDuplicate GPU detected : rank 0 and rank 1 both on device 1000", ""),
+        ("NCCL error in: x.cpp:1, unhandled system error\n/dev/shm/nccl-a1: No space left on device", ""),
+        ("The size of tensor a (3) must match the size of tensor b (4)", ""),
+    ],
+)
+def test_only_errors_of_a_lost_rank_are_told_as_such(error: str, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A mistake in how nccl is set up keeps its own words."""
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(d, "_killed", lambda: iter([(1, "77")]))
+    found = d.lost(RuntimeError(error))
+    assert words in found and bool(found) == bool(words)
+
+
 def on_both(rank: int) -> None:
     world = d.start("cpu", timeout=30)
     assert (world.rank, world.size, world.device.type) == (rank, 2, "cpu")

@@ -94,14 +94,14 @@ def test_the_table_by_hand() -> None:
     averages |= {f"ProfilerStep#{number}": took(4) for number in range(5)}
     rows = [line.split() for line in profiling.range_table(averages, on_gpu=True).splitlines()]
     found = {" ".join(row[: row.index("ms") - 1]): row[row.index("ms") - 1 :] for row in rows}
-    assert {name: (row[0], row[2], row[3]) for name, row in found.items()} == {
+    assert {name: (row[0], *row[2:4]) for name, row in found.items()} == {
         "forward": ("10.00", "50.0%", "5.00"),
         "backbone": ("3.00", "15.0%", "1.50"),
         "assignment": ("2.00", "10.0%", "1.00"),
         "other parts of it": ("5.00", "25.0%", "2.50"),
-        "backward": ("6.00", "30.0%", "3.00"),
-        "other": ("4.00", "20.0%", "0.00"),
-        "step": ("20.00", "100.0%", "8.00"),
+        "backward": ("6.00", "30.0%"),
+        "other": ("4.00", "20.0%"),
+        "step": ("20.00", "100.0%"),
     }
 
 

@@ -106,7 +106,7 @@ class MethodConfig:
     temperature: float = knob(0.5, above=0, tasks=(PRETRAIN,))  # method 2.6
     embedding: int = knob(256, above=0, tasks=(PRETRAIN,))  # D, outputs of the projection
     # Sampling of candidates, positives first; null is the detector's own (method 2.5): fcos 2048 per batch, retinanet
-    # 2048 per image, two-stage 4096 per image without background (their RPN with), detr all.
+    # 2048 per image, two-stage 4096 per image without background, detr all. Anchors of an RPN: always 4096 with.
     candidates: int | None = knob(None, above=0, tasks=(PRETRAIN,))  # most candidates per view
     scope: str | None = knob(None, choices=("batch", "image"), tasks=(PRETRAIN,))  # what `candidates` counts over
     background: float | None = knob(None, least=0, tasks=(PRETRAIN,))  # share of them kept free for background
@@ -370,6 +370,10 @@ def _check_pretraining(config: Config) -> None:
     for mistake in method.mistakes:
         if own.get(mistake, detector) != detector:
             raise ValueError(f"method.mistakes: {mistake} is one of {own[mistake]}, {detector} has no such mistake")
+    if ("first" in method.mistakes or config.data.proposal_order == "first") and not config.data.proposals_per_image:
+        raise ValueError("data.proposal_order, method.mistakes: first has no effect without data.proposals_per_image")
+    if not method.contrast and {"start", "fallback"} & set(method.mistakes):
+        raise ValueError("method.mistakes: start and fallback have no effect while method.contrast is 0")
     if method.positives == "both" and ("fallback" in method.mistakes or method.reference_compatible):
         raise ValueError("method.positives: the reference's fallback keys go with positives keys only")
     if method.name == "soco":

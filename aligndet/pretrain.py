@@ -31,7 +31,8 @@ class AlignDet(nn.Module):
         detector: any detector of the protocol, its backbone already pre-trained.
         embedding: D, outputs of the projection.
         candidates, scope, background: how many candidates are kept per view, counted over a "batch" or an "image", and
-            the share of them that is kept free for background; None: what ``detector.sampling`` says.
+            the share of them that is kept free for background; None: what ``detector.sampling`` says. Anchors of a
+            first stage are always sampled by its number, positives first and filled up with background.
         temperature: positive; divides cosine similarities.
         contrast: weight of the box-contrastive loss; at 0 there is no projection and no momentum branch.
         localization: weight of the detector's own box losses.
@@ -81,7 +82,8 @@ class AlignDet(nn.Module):
             for part in branch.mask_parts():
                 part.requires_grad_(False)
             branch.sample = sampler_of(branch.sampling, candidates, scope, background)
-            branch.sample_anchors = None if branch.sample is None else replace(branch.sample, negatives=None)
+            # A number of their own: a few hundred would be positives alone, and anchors are mostly background.
+            branch.sample_anchors = None if branch.sampling is None else replace(branch.sampling, negatives=None)
         if freeze_backbone:
             detector.backbone.requires_grad_(False)
         self.momentum = _average_of(detector, start or detector, freeze_backbone) if contrast > 0 else None

@@ -3,7 +3,8 @@
 ``method.mistakes`` of a config names some of them, ``method.reference_compatible: true`` stands for all that apply.
 Four belong elsewhere: ``padding`` and ``first`` to the data (``ViewPairs(pad_first=True, order="first")``),
 ``fallback`` and ``start`` to the method (``AlignDet(own_keys=True, start=...)``). What merely crashes there is not
-reproduced. Method section 8.
+reproduced, nor that DETR's mask and the limits of regions keep the image's own width there after ``padding``: here they
+follow the padded one. Method section 8.
 """
 
 from __future__ import annotations

@@ -55,7 +55,7 @@ class ViewPairs(Dataset[tuple[Sample, Sample]]):
         flip_probability: of the horizontal flip, per view.
         colour: apply one colour operation of nine per view.
         proposals_per_image: size of the subset that both views share; None: all.
-        order: "random", or "first" to take the subset from the beginning of the file, as the reference does.
+        order: "random", or "first" to take the same subset of an image in each epoch, as the reference does.
         pad_first: pad to a multiple of 32 px before flip and colour, as the reference does (a mistake: boxes of flipped
             images are then off by the padding); for measuring what that costs.
         fast_decode: decode large JPEGs at 1/2, 1/4 or 1/8 where that is no smaller than both views.
@@ -120,18 +120,19 @@ class ViewPairs(Dataset[tuple[Sample, Sample]]):
         picture = open_picture(self.root / self.proposals.names[row], self.fast_decode)
         _check_size(picture.path, self.proposals, row, picture.size)
         rng = np.random.default_rng((self.seed, position))
-        ids = self._subset(len(self.proposals.boxes_of(row)), rng)
+        ids = self._subset(row, len(self.proposals.boxes_of(row)), rng)
         plans = (self._plan(picture.size, rng), self._plan(picture.size, rng))
         reduction = reduction_for(picture.size, [plan.window.size for plan in plans], picture.size)
         return _Loaded(row, ids, picture.size, picture.pixels(reduction), plans)
 
-    def _subset(self, number: int, rng: np.random.Generator) -> Tensor:
+    def _subset(self, row: int, number: int, rng: np.random.Generator) -> Tensor:
         """The proposals that both views have: int64, ascending."""
         limit = self.proposals_per_image
         if limit is None or number <= limit:
             return torch.arange(number)
         if self.order == "first":
-            return torch.arange(limit)
+            # Of an order of its own: the files are sorted by area, those of the authors hardly (method section 7.5).
+            rng = np.random.default_rng((row, number))
         return torch.from_numpy(np.sort(rng.choice(number, limit, replace=False)))
 
     def _plan(self, size: Size, rng: np.random.Generator) -> _Plan:

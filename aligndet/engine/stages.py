@@ -134,13 +134,13 @@ def pretraining(config: Config, log: Log, world: World) -> Stage:
         log.warning(0, "model.backbone_weights is not set: the backbone has random weights")
     else:
         log.note(str(load_backbone(detector, config.model.backbone_weights)))
-    name_of = proposals.names.__getitem__
+    name_of, join = proposals.names.__getitem__, partial(collate_views, multiple=detector.size_divisor)
     if method.name == "soco":
         competitor = SoCo(detector, embedding=method.embedding)
         ema = EMA(competitor.averaged, competitor.momentum)
-        return Stage(dataset, collate_views, competitor, detector.backbone, name_of, ema, wide=wide)
+        return Stage(dataset, join, competitor, detector.backbone, name_of, ema, wide=wide)
     model = _aligndet(config, detector, mistakes)
-    return Stage(dataset, collate_views, model, detector.backbone, name_of, _momentum_branch(model), wide=wide)
+    return Stage(dataset, join, model, detector.backbone, name_of, _momentum_branch(model), wide=wide)
 
 
 def _aligndet(config: Config, detector: Detector, mistakes: tuple[str, ...]) -> AlignDet:
@@ -224,7 +224,8 @@ def fine_tuning(config: Config, log: Log, world: World) -> Stage:
         return content | {"config": settings.to_dict(config)}
 
     name_of = dict(zip(annotations.image_ids.tolist(), annotations.file_names, strict=True)).__getitem__
-    join = partial(_single, size=(data.jitter_size, data.jitter_size) if data.augment == "jitter" else None)
+    size = (data.jitter_size, data.jitter_size) if data.augment == "jitter" else None
+    join = partial(_single, size=size, multiple=detector.size_divisor)
     model, wide = FineTune(detector), dataset.wide() if data.group_aspect else None
     return Stage(dataset, join, model, detector.backbone, name_of, None, measure, export, wide)
 
@@ -274,5 +275,5 @@ def _momentum_branch(model: AlignDet) -> EMA | None:
     return None if model.momentum is None else EMA(model.online, model.momentum, apart=("predictors.score.",))
 
 
-def _single(samples: Sequence[Any], size: tuple[int, int] | None) -> tuple[Batch]:
-    return (collate(samples, size=size),)
+def _single(samples: Sequence[Any], size: tuple[int, int] | None, multiple: int) -> tuple[Batch]:
+    return (collate(samples, size=size, multiple=multiple),)

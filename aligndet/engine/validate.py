@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,8 @@ def detections_on(config: Config, detector: Detector, classes: Sequence[str], wo
     dataset = EvaluationImages(annotations, root, **sides, on_error=data.on_error)
     share = Subset(dataset, range(world.rank, len(dataset), world.size))
     # A generator of its own: otherwise each loader draws from the global one, and training would go on differently.
-    loader = DataLoader(share, batch_size=1, collate_fn=collate, num_workers=data.workers, generator=torch.Generator())
+    join, own = partial(collate, multiple=detector.size_divisor), torch.Generator()
+    loader = DataLoader(share, batch_size=1, collate_fn=join, num_workers=data.workers, generator=own)
     return evaluate_detector(folded(detector).to(world.device), loader, world, amp=config.optim.amp)
 
 

@@ -14,6 +14,7 @@ from aligndet.models.backbones import Backbone
 from aligndet.models.transformer import Transformer, inside_cells
 from aligndet.ops.boxes import centre_to_corners, clip
 from aligndet.ops.constants import constants
+from aligndet.ops.precise import in_float32
 from aligndet.ops.reduce import mean_over_ranks
 from aligndet.protocol import Detector, pooled_mean
 from aligndet.structures import BACKGROUND, Candidates, Detections, Targets, class_of
@@ -55,8 +56,7 @@ class BoxPredictor(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """``[..., C] -> [..., 4]`` in float32, 0 .. 1."""
         first, second, last = self.layers
-        outputs: Tensor = last(second(first(x).relu()).relu())
-        return outputs.float().sigmoid()
+        return in_float32(last, second(first(x).relu()).relu()).sigmoid()
 
 
 class DETR(Detector):

@@ -21,6 +21,7 @@ from aligndet.models.fpn import FPN
 from aligndet.models.priors import Points, points_of
 from aligndet.ops.boxes import clip
 from aligndet.ops.counts import counts_of
+from aligndet.ops.precise import in_float32
 from aligndet.ops.reduce import mean_over_ranks
 from aligndet.protocol import Detector, pooled_mean
 from aligndet.structures import Candidates, Detections, Targets, class_of
@@ -57,8 +58,8 @@ class BoxPredictor(nn.Module):
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         """``L maps [B, C, H_l, W_l] -> L maps [B, 4, H_l, W_l]`` in float32: left, top, right, bottom."""
-        exponents = [self.scales[i] * self.convolution(level).float() for i, level in enumerate(levels)]
-        return [exponent.clamp(max=LONGEST).exp() for exponent in exponents]
+        outputs = [in_float32(self.convolution, level) for level in levels]
+        return [(scale * output).clamp(max=LONGEST).exp() for scale, output in zip(self.scales, outputs, strict=True)]
 
 
 class LinearBoxPredictor(nn.Module):
@@ -70,7 +71,8 @@ class LinearBoxPredictor(nn.Module):
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
         """As ``BoxPredictor``."""
-        return [self.convolution(level).float().relu() * s for level, s in zip(levels, self.strides, strict=True)]
+        outputs = [in_float32(self.convolution, level) for level in levels]
+        return [output.relu() * stride for output, stride in zip(outputs, self.strides, strict=True)]
 
 
 class FCOS(Detector):

@@ -559,12 +559,26 @@ def test_numbers_of_the_paper_in_pre_training() -> None:
     assert trained("detr", 256, 1.0) == 18_243_845
 
 
-def test_first_boxes_of_the_file_are_an_option(tmp_path: Path) -> None:
+def test_a_few_candidates_do_not_take_the_background_from_an_rpn() -> None:
+    """Positives come first: of 64 anchors with 40 boxes in an image most were positive, and everything an object."""
+    model = pretraining("faster_rcnn", candidates=64, contrast=0.0).train()
+    batch, _ = views_of((40, 40))
+    detector = cast(TwoStage, model.online)
+    found = detector.candidates(detector.features(batch.images, batch.sizes), batch.sizes, batch.targets)
+    assert isinstance(found, RegionCandidates) and found.objectness is not None and found.matched is not None
+    positive = (found.objectness.matched >= 0).sum().item()
+    assert len(found.objectness.matched) > 4 * positive and positive > 80, "background outnumbers boxes by far"
+    assert max(torch.bincount(found.image)) <= 64, "regions are what the number is for"
+
+
+def test_the_same_boxes_in_each_epoch_are_an_option(tmp_path: Path) -> None:
     proposals, _ = painted(tmp_path, [(97, 61)])
     many = np.tile(np.array([[5, 5, 50, 60]], np.float32), (40, 1)) + np.arange(40, dtype=np.float32)[:, None] / 10
     object.__setattr__(proposals, "boxes", many)
     object.__setattr__(proposals, "offsets", np.array([0, 40]))
     first = ViewPairs(tmp_path, proposals, short_sides=(61,), long_side=97, proposals_per_image=7, order="first")
-    assert [first[(0, p)][0].ids.tolist() for p in range(3)] == [list(range(7))] * 3
+    ids = first[(0, 0)][0].ids.tolist()
+    assert [first[(e, p)][0].ids.tolist() for e in range(2) for p in range(3)] == [ids] * 6
+    assert len(set(ids)) == 7 and max(ids) > 13, "not the largest of a file that is sorted by area"
     drawn = ViewPairs(tmp_path, proposals, short_sides=(61,), long_side=97, proposals_per_image=7)
     assert len({tuple(drawn[(0, p)][0].ids.tolist()) for p in range(5)}) == 5

@@ -85,7 +85,7 @@ def test_pseudo_classes_follow_their_boxes_and_their_names(tmp_path: Path) -> No
     convert(tmp_path / "imported.npz", tmp_path / "back.json", "--from", "npz")
     tree = json.loads((tmp_path / "back.json").read_text())
     assert tree["categories"] == [{"id": n, "name": f"cluster_{n}"} for n in (1, 2, 3)]
-    assert [record["category_id"] for record in tree["annotations"]] == [1, 3, 2]
+    assert sorted((record["id"], record["category_id"]) for record in tree["annotations"]) == [(1, 1), (2, 3), (3, 2)]
     same(file, imported(tmp_path / "back.json", "--from", "reference"))
 
 
@@ -93,7 +93,9 @@ def test_export_by_hand(tmp_path: Path) -> None:
     source = coco(tmp_path / "p.json", ["selective_search"], [{"bbox": box} for box in XYWH])
     convert(source, tmp_path / "out.json", "--from", "reference")
     boxes = [([0, 0, 40, 30], 1200), ([10, 20, 30, 20], 600), ([91, 50, 5, 10], 50)]
-    assert json.loads((tmp_path / "out.json").read_text()) == {
+    tree = json.loads((tmp_path / "out.json").read_text())
+    tree["annotations"].sort(key=lambda record: record["id"])
+    assert tree == {
         "images": [
             {"id": 7, "file_name": "a.png", "width": WIDTH, "height": HEIGHT},
             {"id": 3, "file_name": "b/c.png", "width": WIDTH, "height": HEIGHT},
@@ -104,6 +106,21 @@ def test_export_by_hand(tmp_path: Path) -> None:
         ],
         "categories": [{"id": 1, "name": "selective_search"}],
     }
+
+
+def test_the_first_boxes_of_an_exported_image_are_not_its_largest(tmp_path: Path) -> None:
+    """The authors' RetinaNet and DETR read the first 50 boxes of an image only, and our files are sorted by area."""
+    boxes = [np.stack([[0, 0, 400 - 2 * n, 400 - 2 * n] for n in range(100)]).astype(np.float32)] * 2
+    write_proposals(tmp_path / "p.npz", ["a.png", "b.png"], [(500, 500)] * 2, boxes, {})
+    for name in ("one.json", "two.json"):
+        convert(tmp_path / "p.npz", tmp_path / name, "--from", "npz")
+    records = json.loads((tmp_path / "one.json").read_text())["annotations"]
+    assert [record["image_id"] for record in records] == [1] * 100 + [2] * 100
+    first, second = ([record["bbox"][2] for record in records[start : start + 50]] for start in (0, 100))
+    assert first != second
+    for sides in (first, second):
+        assert abs(sum(side > 301 for side in sides) - 25) <= 8, "half of them are of the larger half"
+    assert (tmp_path / "one.json").read_bytes() == (tmp_path / "two.json").read_bytes()
 
 
 @pytest.mark.parametrize("clusters", [None, 11])

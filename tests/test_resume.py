@@ -6,6 +6,8 @@ import os
 import random
 import re
 import signal
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -194,6 +196,41 @@ def test_a_gradient_that_no_scale_keeps_finite_ends_a_run_in_fp16(
         line = failure(capsys, lambda: train(pretrain_config(scenes, tmp_path / "run", steps=60), "optim.amp=fp16"))
     # 65536 is halved 30 times before it is below 1e-4.
     assert line.startswith("aligndet: step 31: loss is not finite or its gradient is not"), line
+
+
+BROKEN = """
+import sys
+import torch
+from aligndet import cli
+from aligndet.pretrain import AlignDet
+
+def forward(self, *views):
+    raise RuntimeError("a mistake of ours")
+
+if sys.argv.pop() == "step":
+    AlignDet.forward = forward
+if __name__ == "__main__":
+    sys.exit(cli.train(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("place", "code", "words"),
+    [("worker", 2, "aligndet: not one of 11 images can be read"), ("step", 1, "RuntimeError: a mistake of ours")],
+)
+def test_a_run_with_loader_workers_ends_after_an_error(
+    place: str, code: int, words: str, scenes: Path, tmp_path: Path
+) -> None:
+    """The traceback of an error keeps the loader alive, and its workers take no SIGTERM: Python waited for them."""
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in os.listdir(scenes / "images"):
+        (images / name).write_bytes(b"" if place == "worker" else (scenes / "images" / name).read_bytes())
+    command = [sys.executable, "-c", BROKEN, "--cfg", str(pretrain_config(scenes, tmp_path / "run"))]
+    command += ["data.workers=2", f"data.images={images}", place]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=50, cwd=Path(__file__).parents[1])
+    assert done.returncode == code and words in done.stderr, done.stderr
+    assert "Exception ignored" not in done.stderr
 
 
 def test_checkpoints_that_do_not_belong_are_refused_in_one_line(

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import atexit
+import functools
+import multiprocessing
+import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
@@ -115,6 +119,8 @@ def loader(
     pin: bool,
 ) -> DataLoader[Any]:
     """A loader of the sampler's batches; each worker computes on one thread."""
+    if workers:
+        _leave_no_workers()
     return DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -126,6 +132,25 @@ def loader(
         # Otherwise each new iterator draws from the global generator, and a resumed run samples differently.
         generator=torch.Generator(),
     )
+
+
+@functools.cache
+def _leave_no_workers() -> None:
+    """At the end of this process kill loader workers that are left.
+
+    Python would ask them with SIGTERM, which they ignore, and wait without end. They are left where the traceback of an
+    error keeps their loader alive.
+    """
+
+    def kill(owner: int) -> None:
+        if os.getpid() != owner:
+            return
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for an accident
+        for child in multiprocessing.active_children():
+            if child.daemon:
+                child.kill()
+
+    atexit.register(kill, os.getpid())
 
 
 def _one_thread(worker: int) -> None:

@@ -35,6 +35,11 @@ TOOLS = {
     "convert": (convert, "Weights from and to other libraries."),
     "demo": (demo, "The whole method on generated scenes."),
 }
+# What eval.py reads of an experiment file besides the labels.
+EVALUATED = (
+    *("data.val", "data.format", "data.classes", "data.eval_short_side", "data.long_side", "data.voc_metrics"),
+    *("data.on_error", "data.workers", "optim.amp", "device", "threads", "timeout", "deterministic"),
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -81,6 +86,12 @@ def evaluate_weights(argv: Sequence[str] | None = None) -> int:
         world = _start(config)
         repeatable(config.deterministic)
         detector, classes = load_detector(args.weights)
+        if config.data.classes and list(config.data.classes) != list(classes):
+            got = ", ".join(config.data.classes)
+            raise ValueError(f"data.classes: {args.weights} detects {', '.join(classes)}, got {got}; see --per-class")
+        unread = [text.partition("=")[0] for text in args.overrides if not text.startswith(EVALUATED)]
+        if unread and world.rank == 0:
+            print(f"warning: not read by eval, the weights say it: {', '.join(unread)}", file=sys.stderr)
         folder = Path(args.out) if args.out else Path(args.weights).parent / "eval"
         metrics = evaluate(config, detector, classes, world, folder)
         if world.rank == 0:

@@ -91,7 +91,7 @@ def weights_of(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["detector"]
 
 
-def test_from_images_to_metrics(scenes: Path, tmp_path: Path) -> None:
+def test_from_images_to_metrics(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     train(pretrain_config(scenes, tmp_path / "pre"))
     config = finetune_config(scenes, tmp_path / "fine", weights=str(tmp_path / "pre/pretrained.pt"))
     train(config)
@@ -102,6 +102,20 @@ def test_from_images_to_metrics(scenes: Path, tmp_path: Path) -> None:
     assert torch.load(tmp_path / "fine/checkpoint-00000004.pt", weights_only=True)["config"] == resolved
     model = str(tmp_path / "fine/model.pt")
     assert cli.evaluate_weights(["--cfg", str(config), "--weights", model, "--per-class"]) == 0
+    assert "not read by eval" not in capsys.readouterr().err
+    others: list[str] = [
+        "--cfg",
+        str(config),
+        "--weights",
+        model,
+        "data.train=nowhere",
+        "model.channels=32",
+        "data.workers=0",
+    ]
+    assert cli.evaluate_weights(others) == 0
+    assert "not read by eval, the weights say it: data.train, model.channels\n" in capsys.readouterr().err
+    line = failure(capsys, lambda: cli.evaluate_weights([*others, "data.classes=[owl]"]))
+    assert "data.classes: " in line and "got owl; see --per-class" in line
     again = json.loads((tmp_path / "fine/eval/metrics.json").read_text())
     assert again["AP"] == metrics["AP"]
     predict = ["predict", str(scenes / "images"), "--weights", model, "--out", str(tmp_path / "found")]

@@ -76,7 +76,9 @@ def training_annotations(config: Config) -> tuple[Annotations, Path, np.ndarray]
     root = images_of(annotations, data.train_images)
     number = len(annotations.file_names)
     if data.labelled is not None and data.labelled > number:
-        raise ValueError(f"data.labelled: want at most the {number} images of {data.train}, got {data.labelled}")
+        raise ValueError(
+            f"data.labelled: want at most the {number} images of {data.train}, got {data.labelled}; null takes all"
+        )
     rows = np.arange(number) if data.labelled is None else choose_labelled(number, data.labelled, data.fold)
     return annotations, root, rows
 
@@ -199,7 +201,10 @@ def fine_tuning(config: Config, log: Log, world: World) -> Stage:
         rows=rows,
         window=_window(config),
     )
-    log.note(f"{data.train}: {len(dataset)} labelled images, {dataset.without_boxes} without boxes are left out")
+    chosen = "" if data.labelled is None else f", drawn from {len(annotations)} (data.labelled, data.fold)"
+    log.note(
+        f"{data.train}: {len(dataset)} labelled images{chosen}, {dataset.without_boxes} without boxes are left out"
+    )
     for line in annotations.report_lines():
         log.warning(0, line)
     if data.val is not None:

@@ -38,6 +38,10 @@ def predict(
     """
     if isinstance(images, (str, Path, Tensor)):
         raise ValueError("images: want a list of tensors or files, got one; pass [image]")
+    if min(short_side, long_side) < 1:
+        raise ValueError(f"short_side, long_side: want at least 1 px, got {short_side}, {long_side}")
+    if score_threshold is not None and not 0 <= score_threshold <= 1:
+        raise ValueError(f"score_threshold: want a number in 0 .. 1, got {score_threshold}")
     if score_threshold is None:
         score_threshold = max(0.05, detector.score_threshold)
     if score_threshold < detector.score_threshold:

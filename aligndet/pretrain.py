@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aligndet.assigners.sampling import PositivesFirst
-from aligndet.losses.contrastive import box_contrastive_loss
+from aligndet.losses.contrastive import POSITIVES, REDUCTIONS, box_contrastive_loss
 from aligndet.protocol import Detector
 from aligndet.structures import Batch, Targets
 
@@ -37,7 +37,7 @@ class AlignDet(nn.Module):
         contrast: weight of the box-contrastive loss; at 0 there is no projection and no momentum branch.
         localization: weight of the detector's own box losses.
         classification: weight of its classification loss on pseudo-classes (``Targets.labels``, 0 .. K-1); at 0 the
-            class scores are removed.
+            class scores are removed, and boxes are those of any class.
         positives, own_keys, reduction: see ``box_contrastive_loss``.
         symmetric: each view passes both branches and has all losses, at twice the cost.
         freeze_backbone: False trains what the detector leaves trainable of its backbone, and averages it as the rest.
@@ -70,14 +70,22 @@ class AlignDet(nn.Module):
         weights = (contrast, localization, classification)
         if min(weights) < 0 or sum(weights) == 0:
             raise ValueError(f"want loss weights >= 0 of which one is above 0, got {weights}")
+        if embedding < 1 or temperature <= 0 or positives not in POSITIVES or reduction not in REDUCTIONS:
+            got = f"{embedding}, {temperature}, {positives!r}, {reduction!r}"
+            raise ValueError(
+                f"want embedding >= 1, temperature > 0, positives in {POSITIVES}, reduction in {REDUCTIONS}, got {got}"
+            )
         self.contrast, self.localization, self.classification = weights
         self.temperature, self.positives, self.own_keys, self.reduction = temperature, positives, own_keys, reduction
         self.symmetric, self.frozen = symmetric, freeze_backbone
         for branch in (detector, *([] if start is None else [start])):
-            if "score" in branch.predictors and not classification:
-                del branch.predictors["score"]
+            if not classification:
+                branch.ignore_classes()
+                if "score" in branch.predictors:
+                    del branch.predictors["score"]
             if contrast > 0:
-                branch.predictors["embedding"] = branch.score_layer(embedding, hidden=True)
+                device = next(branch.parameters()).device
+                branch.predictors["embedding"] = branch.score_layer(embedding, hidden=True).to(device)
             branch.needs_masks = False
             for part in branch.mask_parts():
                 part.requires_grad_(False)
@@ -129,7 +137,10 @@ class AlignDet(nn.Module):
         if self.momentum is not None:
             with torch.no_grad():
                 momentum = self.momentum.candidates(second, view2.sizes, view2.targets)
-            assert online.embeddings is not None and momentum.embeddings is not None
+            if online.embeddings is None or momentum.embeddings is None:
+                raise ValueError(
+                    f"{type(self.online).__name__}.candidates: want embeddings, predictors has a layer for them"
+                )
             total = len(online.embeddings) + len(momentum.embeddings)
             losses["contrast"] = self.contrast * box_contrastive_loss(
                 online.embeddings,

@@ -82,6 +82,9 @@ class Detector(nn.Module, ABC):
     def detect(self, candidates: Candidates, sizes: Tensor) -> list[Detections]:
         """Threshold, suppress, rank: one Detections per image, boxes in px of the batch tensor clipped to ``sizes``."""
 
+    def ignore_classes(self) -> None:
+        """From now on boxes do not depend on the class, for pre-training without classes; by default they never do."""
+
     def mask_parts(self) -> list[nn.Module]:
         """The parts that learn from ``Targets.masks`` alone; by default none."""
         return []

@@ -12,12 +12,13 @@ from aligndet.losses import iou_loss
 from aligndet.models import build_detector, folded
 from aligndet.models.backbones import build_backbone
 from aligndet.models.backbones.norm import FrozenBatchNorm
-from aligndet.models.dense_head import at_points, flat
+from aligndet.models.dense_head import GroupNorm, at_points, flat
 from aligndet.models.fcos import FCOS, BoxPredictor, FCOSCandidates
 from aligndet.models.fpn import FPN
 from aligndet.models.pointwise import Pointwise, with_pointwise
 from aligndet.models.priors import points_of
 from aligndet.models.retinanet import RetinaNetCandidates
+from aligndet.predict import predict
 from aligndet.structures import BACKGROUND
 from tests.scenes import small_detector, views_of
 
@@ -106,6 +107,33 @@ def test_unknown_names_are_named_with_the_nearest() -> None:
     for options in ({"channels": 48}, {"levels": 2}, {"convolutions": 0}, {"norm": "group"}, {"frozen_stages": 5}):
         with pytest.raises(ValueError, match=next(iter(options))):
             build_detector("fcos", "resnet18", **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "words"),
+    [
+        ("fcos", {"centre_radius": -1}, "centre_radius: want a positive number"),
+        ("retinanet", {"convolutions": -1}, "convolutions: want at least 0"),
+        ("retinanet", {"neck_norm": "x"}, "norm: want one of frozen, affine, batch, sync, got 'x'"),
+        ("faster_rcnn", {"head_norm": "x"}, "norm: want one of"),
+        ("mask_rcnn", {"rpn_depth": -1}, "rpn_depth: want at least 0"),
+        ("detr", {"heads": 0}, "heads, feedforward: want at least 1, got 0, 2048"),
+        ("detr", {"feedforward": 0}, "heads, feedforward: want at least 1, got 8, 0"),
+    ],
+)
+def test_impossible_options_are_named(name: str, options: dict[str, object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        build_detector(name, "resnet18", 3, width=0.25, **options)  # type: ignore[arg-type]
+
+
+def test_groups_of_one_channel_on_a_map_of_one_cell() -> None:
+    """The coarsest level of a small picture; torch refuses it, as if it were about to train."""
+    detector = build_detector("fcos", "resnet18", 3, width=0.25, channels=32, convolutions=1, score_threshold=0.0)
+    found = predict(detector, [torch.zeros(3, 128, 128, dtype=torch.uint8)], short_side=128, long_side=128)
+    assert found[0].boxes.isfinite().all()
+    norm, x = GroupNorm(32, 32), torch.randn(2, 32, 3, 5)
+    assert torch.equal(norm(x), nn.GroupNorm(32, 32)(x))
+    assert norm(torch.rand(1, 32, 1, 1)).abs().max() < 1e-4
 
 
 def test_pyramid_shapes_and_top_down_path() -> None:

@@ -65,6 +65,18 @@ def test_bad_arguments_are_named_and_leave_the_mode(tmp_path: Path) -> None:
     assert detector.training
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"short_side": -5}, "short_side, long_side: want at least 1 px, got -5, 1333"),
+        ({"score_threshold": float("nan")}, r"score_threshold: want a number in 0 \.\. 1, got nan"),
+    ],
+)
+def test_impossible_numbers_are_named(options: dict[str, float], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        predict(small_detector(), [], **options)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("name", ["mask_rcnn", "detr"])
 def test_the_command_writes_coco_results_and_drawings(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]

@@ -1,12 +1,14 @@
 """Claims about AlignDet: what is frozen, what is equal, what gets a gradient, what happens without boxes."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
 from aligndet.engine.ema import EMA
+from aligndet.models import build_detector
 from aligndet.pretrain import AlignDet
 from aligndet.structures import Batch, Targets
 from tests.scenes import batch_of, small_detector, views_of
@@ -118,6 +120,34 @@ def test_a_box_filtered_in_one_view_only_shifts_no_other() -> None:
     assert box_id not in online.box_ids(without(view1, box_id).targets).tolist()
     assert one_side["contrast"].isfinite()
     assert not torch.equal(one_side["contrast"], full["contrast"])
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "mask_rcnn"])
+def test_a_detector_built_for_classes_learns_boxes_of_any_class(name: str) -> None:
+    """All labels are 0 without classes: of a layer with a box for each class only the first one would learn."""
+    detector = build_detector(name, "resnet18", 3, width=0.25, channels=64)
+    model = AlignDet(detector, embedding=16)
+    box = model.online.predictors["box"]
+    assert isinstance(box, nn.Linear) and box.out_features == 4
+    sum(model(*views_of((5, 4))).values()).backward()
+    assert box.weight.grad is not None and bool((box.weight.grad.abs().sum(dim=1) > 0).all())
+    kept = AlignDet(build_detector(name, "resnet18", 3, width=0.25, channels=64), classification=1.0)
+    assert kept.online.predictors["box"].out_features == 12
+
+
+def test_a_detector_without_embeddings_is_named() -> None:
+    model = AlignDet(small_detector(), embedding=16)
+    online, candidates = model.online, model.online.candidates
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(online, "candidates", lambda *given: replace(candidates(*given), embeddings=None))
+        with pytest.raises(ValueError, match=r"FCOS\.candidates: want embeddings, predictors has a layer"):
+            model(*views_of((2,)))
+
+
+@pytest.mark.parametrize("wrong", [{"temperature": 0}, {"positives": "x"}, {"reduction": "x"}, {"embedding": 0}])
+def test_settings_that_cannot_be_are_named_at_once(wrong: dict[str, object]) -> None:
+    with pytest.raises(ValueError, match="want embedding >= 1, temperature > 0, positives in"):
+        AlignDet(small_detector(), **wrong)  # type: ignore[arg-type]
 
 
 def test_views_of_different_padded_size() -> None:

@@ -87,7 +87,16 @@ def by_image(detections: Mapping[int, Detections] | Sequence[Detections], truth:
 
 
 def check_detections(item: Detections, image_id: int, classes: int) -> None:
-    """Raises ValueError for boxes and scores that are not finite, and for labels beyond the classes."""
+    """Raises ValueError for what is no Detections, numbers that are not finite, and labels beyond the classes."""
+    where = f"detections of image {image_id}"
+    if not isinstance(item, Detections):
+        raise ValueError(f"{where}: want Detections, got {type(item).__name__}")
+    shapes = [list(part.shape) for part in (item.boxes, item.scores, item.labels)]
+    number = len(item.scores) if item.scores.ndim else 0
+    if shapes != [[number, 4], [number], [number]]:
+        raise ValueError(f"{where}: want boxes [n, 4], scores [n] and labels [n], got {', '.join(map(str, shapes))}")
+    if item.labels.is_floating_point():
+        raise ValueError(f"{where}: want whole numbers as labels, got {item.labels.dtype}")
     if len(item) == 0:
         return
     if not bool(item.boxes.isfinite().all() and item.scores.isfinite().all()):

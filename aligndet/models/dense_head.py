@@ -17,8 +17,16 @@ def tower(channels: int, convolutions: int, *, norm: bool = True, bias: bool | N
     layers: list[nn.Module] = []
     for _ in range(convolutions):
         layer = convolution(channels, channels, 3, bias=not norm if bias is None else bias)
-        layers += [layer, *([nn.GroupNorm(32, channels)] if norm else []), nn.ReLU(inplace=True)]
+        layers += [layer, *([GroupNorm(32, channels)] if norm else []), nn.ReLU(inplace=True)]
     return nn.Sequential(*layers)
+
+
+class GroupNorm(nn.GroupNorm):
+    """torch's, which refuses a map of one cell where a group has one channel; here that becomes the bias."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """[B, C, H, W] -> the same."""
+        return torch.group_norm(input, self.num_groups, self.weight, self.bias, self.eps)
 
 
 class Head(nn.Module):

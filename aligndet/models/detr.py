@@ -95,6 +95,8 @@ class DETR(Detector):
         score_threshold: float = 0.0,
     ) -> None:
         super().__init__()
+        if heads < 1 or feedforward < 1:
+            raise ValueError(f"heads, feedforward: want at least 1, got {heads}, {feedforward}")
         if channels < 1 or channels % heads or channels % 4:
             raise ValueError(f"channels: want a multiple of 4 and of the {heads} heads, got {channels}")
         if queries < 1 or encoder_layers < 0 or decoder_layers < 1:

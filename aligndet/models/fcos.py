@@ -114,6 +114,8 @@ class FCOS(Detector):
             raise ValueError(f"levels: want at least the 3 of the backbone's strides 8, 16, 32, got {levels}")
         if convolutions < 1:
             raise ValueError(f"convolutions: want at least 1, got {convolutions}")
+        if centre_radius is not None and centre_radius <= 0:
+            raise ValueError(f"centre_radius: want a positive number or None, got {centre_radius}")
         self.channels, self.centre_radius, self.score_threshold = channels, centre_radius, score_threshold
         self.conventions, self.rules = conventions, rules_of(DENSE, conventions)
         self.strides = tuple(FINEST * 2**level for level in range(levels))

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from aligndet.models.backbones.norm import NORMS
+from aligndet.models.backbones.norm import norm_layer
 
 # What the coarser levels are made of: 3 x 3 convolutions of stride 2 on the last output, or on the last input; or the
 # last output, subsampled.
@@ -73,5 +71,5 @@ def _layer(convolution: nn.Conv2d, norm: str | None) -> nn.Module:
     if norm is None:
         return convolution
     convolution.bias = None
-    make: Callable[[int], nn.Module] = NORMS[norm]
+    make = norm_layer(norm)
     return nn.Sequential(convolution, make(convolution.out_channels))

@@ -76,6 +76,8 @@ class RetinaNet(Detector):
         super().__init__()
         if levels < 3:
             raise ValueError(f"levels: want at least the 3 of the backbone's strides 8, 16, 32, got {levels}")
+        if convolutions < 0:
+            raise ValueError(f"convolutions: want at least 0, got {convolutions}")
         self.conventions, self.rules = conventions, rules_of(ANCHORS, conventions)
         rules = self.rules
         if channels < 1 or (rules.norm and channels % 32):

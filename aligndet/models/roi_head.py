@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 
-from aligndet.models.backbones.norm import NORMS
+from aligndet.models.backbones.norm import norm_layer
 
 # 3 x 3 convolutions and fully connected layers of the box head.
 BOX_HEADS = {"4conv1fc": (4, 1), "2fc": (0, 2)}
@@ -76,8 +74,7 @@ def convolution_tower(channels: int, number: int, norm: str | None) -> nn.Sequen
         kaiming(layer)
         layers.append(layer)
         if norm is not None:
-            make: Callable[[int], nn.Module] = NORMS[norm]
-            layers.append(make(channels))
+            layers.append(norm_layer(norm)(channels))
         layers.append(nn.ReLU(inplace=True))
     return nn.Sequential(*layers)
 

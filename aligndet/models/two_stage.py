@@ -93,6 +93,8 @@ class TwoStage(Detector):
         super().__init__()
         if min(channels, head_width, regions) < 1:
             raise ValueError(f"want positive channels, head_width and regions, got {channels}, {head_width}, {regions}")
+        if rpn_depth < 0:
+            raise ValueError(f"rpn_depth: want at least 0, got {rpn_depth}")
         self.channels, self.score_threshold = channels, score_threshold
         self.box_head, self.neck_norm, self.head_norm = box_head, neck_norm, head_norm
         self.conventions, self.rules = conventions, rules_of(REGIONS, conventions)
@@ -114,6 +116,12 @@ class TwoStage(Detector):
             mask = nn.Conv2d(channels, entries, 1)
             kaiming(mask)
             self.predictors["mask"] = mask
+
+    def ignore_classes(self) -> None:
+        """See Detector: a new box layer with one box for any class, where there is one for each."""
+        box = self.predictors["box"]
+        if isinstance(box, nn.Linear) and box.out_features > 4:
+            self.predictors["box"] = linear(self.head.width, 4, 0.001).to(box.weight.device)
 
     def score_layer(self, width: int, hidden: bool = False) -> nn.Module:
         """A linear layer; hidden: two (method section 2.4)."""

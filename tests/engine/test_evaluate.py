@@ -5,6 +5,7 @@ import io
 import json
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -206,6 +207,20 @@ def test_bad_detections_are_named(tmp_path: Path) -> None:
         coco_metrics(path, {4: found([(0.9, 0, [1.0, math.nan, 3, 4])])})
     with pytest.raises(ValueError, match="want one of bbox, segm, got 'box'"):
         coco_metrics(path, {}, "box")
+
+
+@pytest.mark.parametrize(
+    ("item", "words"),
+    [
+        ("boxes", "want Detections, got str"),
+        (replace(NOTHING, boxes=torch.zeros(4)), r"want boxes \[n, 4\], .* got \[4\], \[0\], \[0\]"),
+        (replace(found([(0.5, 0, A)]), scores=torch.rand(2)), r".*got \[1, 4\], \[2\], \[1\]"),
+        (replace(found([(0.5, 0, A)]), labels=torch.zeros(1)), "want whole numbers as labels, got torch.float32"),
+    ],
+)
+def test_what_is_no_detections_is_named(tmp_path: Path, item: object, words: str) -> None:
+    with pytest.raises(ValueError, match=f"detections of image 1: {words}"):
+        coco_metrics(written(tmp_path, {1: [(3, A)]}), {1: item})  # type: ignore[dict-item]
 
 
 def test_bad_files_are_named(tmp_path: Path) -> None:

@@ -53,6 +53,17 @@ NORMS: dict[str, Callable[..., Any]] = {
 }
 
 
+def norm_layer(name: str) -> Callable[..., nn.Module]:
+    """The class of a norm by name.
+
+    Raises:
+        ValueError: it is no key of NORMS.
+    """
+    if name not in NORMS:
+        raise ValueError(f"norm: want one of {', '.join(NORMS)}, got {name!r}")
+    return NORMS[name]
+
+
 def freeze(modules: list[nn.Module]) -> None:
     """Take the parameters out of training and the modules into evaluation mode."""
     for module in modules:

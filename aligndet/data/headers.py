@@ -17,6 +17,7 @@ _ALONE = {0x01, *range(0xD0, 0xD9)}  # JPEG markers without a length
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that say the size
 _PNG_END = b"IEND\xaeB`\x82"  # with its checksum
 _ORIENTATION, _BITS, _KIND = 0x0112, 0x0102, 0x0153  # tags of TIFF, of which EXIF is a block
+ANY_DEPTH = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH  # 8 bits are decoded as without the second flag
 _FLOAT = 3  # a kind of samples
 
 
@@ -134,8 +135,10 @@ def _tiff_value(tiff: bytes, wanted: int) -> int | None:
 
 
 def _decoded_size(data: np.ndarray) -> tuple[int, int]:
+    if not data.size or unfit_samples(data.tobytes()):
+        return 0, 0
     try:
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+        image = cv2.imdecode(data, ANY_DEPTH)
     except cv2.error:
         image = None
     return (0, 0) if image is None else (image.shape[0], image.shape[1])

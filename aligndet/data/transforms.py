@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aligndet.data.headers import file_bytes, is_truncated, unfit_samples
+from aligndet.data.headers import ANY_DEPTH, file_bytes, is_truncated, unfit_samples
 
 FLAGS = {
-    1: cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH,  # 8 bits are decoded as without the second flag
+    1: ANY_DEPTH,
     2: cv2.IMREAD_REDUCED_COLOR_2,
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,

@@ -15,6 +15,7 @@ from aligndet import cli
 from aligndet.data.check import PAGES, check
 from aligndet.data.decode import open_picture
 from aligndet.data.formats import load_annotations
+from aligndet.data.headers import image_size
 from aligndet.data.labelled import LabelledImages
 from aligndet.data.proposals import open_proposals
 from aligndet.data.transforms import read_image
@@ -79,6 +80,7 @@ def packed_tiff(values: np.ndarray, bits: int) -> bytes:
 def test_twelve_bits_without_gaps(tmp_path: Path) -> None:
     (tmp_path / "x.tif").write_bytes(packed_tiff(GREY[:8, :16].astype(np.int64) * 16 + 15, 12))
     assert (read_image(tmp_path / "x.tif") == rgb(GREY[:8, :16])).all()
+    assert image_size(tmp_path / "x.tif") == (8, 16)
 
 
 def of_pillow(mode: str, kind: str, **options: object) -> bytes:
@@ -165,6 +167,7 @@ def test_other_numbers_are_refused_with_what_is_wanted(
     path = written(tmp_path / "x.tif", image)
     with pytest.raises(ValueError, match=rf"x\.tif: want integers of 8 or 16 bits per channel, got {got}"):
         read_image(path)
+    assert image_size(path) == (0, 0), "as of all that cannot be read"
     assert capfd.readouterr().err == "", "OpenCV is not asked, which would say more"
 
 

@@ -62,7 +62,7 @@ def train(argv: Sequence[str] | None = None) -> int:
     """Pre-train or fine-tune as the YAML file says; the same command again continues an interrupted run."""
     parser = argparse.ArgumentParser(prog="train", description=train.__doc__)
     _add_config(parser)
-    args = parser.parse_intermixed_args(argv)
+    args = _parsed(parser, argv)
     with one_line_errors():
         config = load_config(args.cfg, args.overrides)
         world = _start(config)
@@ -80,7 +80,7 @@ def evaluate_weights(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--weights", required=True, help="model.pt of a fine-tuning run")
     parser.add_argument("--per-class", action="store_true", help="print a line for each class")
     parser.add_argument("--out", help="folder for the results; default: beside the weights, in eval/")
-    args = parser.parse_intermixed_args(argv)
+    args = _parsed(parser, argv)
     with one_line_errors():
         config = load_config(args.cfg, args.overrides)
         world = _start(config)
@@ -116,6 +116,14 @@ def _tool(name: str, argv: Sequence[str]) -> int:
 def _add_config(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cfg", required=True, metavar="FILE.yaml", help="experiment file")
     parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="override a key of the file")
+
+
+def _parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of train and eval, overrides before and after options; what is neither ends with exit code 2."""
+    args, unknown = parser.parse_known_intermixed_args(argv)
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}; keys are written run=r/x, without dashes")
+    return args
 
 
 def _start(config: Config) -> distributed.World:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -62,3 +63,37 @@ def test_faulty_labels_are_counted_or_stop_the_run(tmp_path: Path, capsys: pytes
         run(path, tmp_path / "strict", on_error="fail")
     assert stopped.value.code == 2
     assert "object 1 (cat) of c.png" in capsys.readouterr().err
+
+
+def test_a_run_without_validation_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = same.write_coco(tmp_path / "coco")
+    for val, times in ((None, 1), (str(path), 0)):
+        folder = tmp_path / f"run-{times}"
+        run(path, folder, val=val, voc_metrics=None)
+        told = capsys.readouterr()
+        assert (told.out + told.err).count("data.val is not set: not evaluated") == times
+        assert (folder / "log.jsonl").read_text().count("data.val is not set: not evaluated") == times
+        assert (folder / "metrics.json").exists() == (times == 0)
+
+
+@pytest.mark.parametrize("dashes", [["--run=r/x"], ["--batch", "4"], ["optim.batch=4", "--run", "r/x"]])
+@pytest.mark.parametrize("command", [cli.train, cli.evaluate_weights])
+def test_keys_with_dashes_are_told_how_they_are_written(
+    command: Callable[[list[str]], int], dashes: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    weights = ["--weights", "w.pt"] if command is cli.evaluate_weights else []
+    with pytest.raises(SystemExit) as stopped:
+        command(["--cfg", "none.yaml", *weights, *dashes])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    name = next(word for word in dashes if word.startswith("--"))
+    assert f"unrecognized arguments: {name}" in error and "; keys are written run=r/x" in error
+
+
+def test_overrides_stand_before_and_after_options(tmp_path: Path) -> None:
+    """As README writes them: eval.py --cfg C data.val=V --weights W --per-class."""
+    path = same.write_coco(tmp_path / "coco")
+    config = run(path, tmp_path / "run", voc_metrics=None, val=None)
+    arguments = ["device=cpu", "--cfg", str(config), f"data.val={path}", "--weights", str(tmp_path / "run/model.pt")]
+    assert cli.evaluate_weights([*arguments, "--per-class", "data.eval_short_side=32"]) == 0
+    assert (tmp_path / "run/eval/metrics.json").is_file()

@@ -107,3 +107,20 @@ def test_files_that_do_not_say_how_they_were_built_are_refused(
     with pytest.raises(SystemExit):
         cli.main(["convert", "--from", "aligndet", "--to", "mmdet", str(tmp_path / "p.pt"), str(tmp_path / "o.pth")])
     assert "which says how it was built" in capsys.readouterr().err
+
+
+def test_readme_s_own_steps_into_torchvision_say_what_they_lack(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """FCOS as in configs/pretrain/fcos_mobilenet_v2.yaml: its boxes have scales, torchvision's none."""
+    small = {"backbone": "mobilenet_v2", "channels": 64, "convolutions": 2, "levels": 4}
+    pretrained_file(tmp_path / "p.pt", "fcos", **small)
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["convert", "--from", "aligndet", "--to", "torchvision", str(tmp_path / "p.pt"), str(tmp_path / "o")])
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1
+    assert "no counterpart for predictors.box.scales [4]; want model.conventions=torchvision" in error
+    assert "before pre-training" in error
+    pretrained_file(tmp_path / "p.pt", "fcos", **small, conventions="torchvision")
+    assert "head.regression_head.bbox_reg.weight" in converted(tmp_path / "p.pt", "torchvision")

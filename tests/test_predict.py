@@ -1,6 +1,7 @@
 """Detections for images in one call."""
 
 import json
+import shutil
 from pathlib import Path
 
 import cv2
@@ -117,3 +118,55 @@ def test_the_command_writes_coco_results_and_drawings(
         broken = str(tmp_path / "in" / "broken.jpg")
         main(["predict", broken, "--weights", str(tmp_path / "model.pt"), "--out", str(tmp_path / "out")])
     assert stopped.value.code == 2
+
+
+def model_file(folder: Path) -> Path:
+    """Weights of a small detector of one class."""
+    build = {"name": "fcos", "backbone": "resnet18", "num_classes": 1, "width": 0.25, "channels": 32, "levels": 3}
+    torch.save(export_detector(build_detector(**build), ["cat"], build), folder / "model.pt")
+    return folder / "model.pt"
+
+
+def predicted(folder: Path, *given: Path) -> list[str]:
+    """The names in ``detections.json``; each image has a drawing of its size, and no other is there."""
+    arguments = ["--weights", str(model_file(folder)), "--out", str(folder / "out"), "--short-side", "64"]
+    assert main(["predict", *map(str, given), *arguments]) == 0
+    images = json.loads((folder / "out/detections.json").read_text())["images"]
+    drawn = {path.relative_to(folder / "out/drawn").as_posix() for path in (folder / "out/drawn").rglob("*.png")}
+    assert drawn == {f"{image['file_name']}.png" for image in images}
+    for image in images:
+        pixels = cv2.imread(str(folder / "out/drawn" / f"{image['file_name']}.png"))
+        assert pixels.shape[:2] == (image["height"], image["width"])
+    return [image["file_name"] for image in images]
+
+
+def test_two_images_of_one_name_keep_apart(tmp_path: Path) -> None:
+    """A/a.jpg is 61 px high, B/a.jpg 113: one drawing would have replaced the other."""
+    for name, image in zip(("A/a.jpg", "B/a.jpg", "B/deep/b.jpg"), [*images(), images()[0]], strict=True):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        cv2.imwrite(str(tmp_path / name), np.ascontiguousarray(image.permute(1, 2, 0).numpy()))
+    assert predicted(tmp_path, tmp_path / "A", tmp_path / "B") == ["A/a.jpg", "B/a.jpg", "deep/b.jpg"]
+    shutil.rmtree(tmp_path / "out")
+    files = [tmp_path / "B/a.jpg", tmp_path / "A/a.jpg", tmp_path / "B/deep/b.jpg"]
+    assert predicted(tmp_path, *files) == ["B/a.jpg", "A/a.jpg", "b.jpg"]
+    shutil.rmtree(tmp_path / "out")
+    again = [tmp_path / "A", tmp_path / "A/a.jpg", tmp_path / "B/../A"]
+    assert predicted(tmp_path, *again) == ["a.jpg"], "the same image is no second one"
+
+
+def test_names_that_cannot_be_told_apart_and_missing_files_are_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("x/A/a.jpg", "y/A/a.jpg", "z/a.jpg", "w/A/a.jpg"):
+        (tmp_path / name).parent.mkdir(parents=True)
+        cv2.imwrite(str(tmp_path / name), np.zeros((9, 9, 3), np.uint8))
+    for given, says in [
+        (("x/A", "y/A"), f"images {tmp_path}/y/A/a.jpg: the results would call it A/a.jpg like {tmp_path}/x/A/a.jpg"),
+        (("x/A", "z", "w"), f"images {tmp_path}/w/A/a.jpg: the results would call it A/a.jpg like {tmp_path}/x/A"),
+        (("missing.jpg",), f"images {tmp_path}/missing.jpg: no such file or folder"),
+    ]:
+        with pytest.raises(SystemExit) as stopped:
+            main(["predict", *(str(tmp_path / name) for name in given), "--weights", "none", "--out", str(tmp_path)])
+        assert stopped.value.code == 2
+        error = capsys.readouterr().err
+        assert len(error.splitlines()) == 1 and says in error

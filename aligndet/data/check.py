@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 
 from aligndet.data.annotations import Annotations
@@ -25,10 +26,11 @@ from aligndet.data.transforms import decode_image, read_file
 from aligndet.data.workers import Outcome, available_cores, run_tasks
 
 MISSING, UNREADABLE, WRONG_SIZE = "file is missing", "file cannot be read", "size differs from the labels"
+PAGES = "file of several pages, of which the first is read"
 FEW = 64  # images that are looked through in this process: starting others takes longer
 TIMEOUT = 120.0  # s per image
 SHOWN = 3  # lines of each reason in the text
-Seen = tuple[tuple[int, int], str]  # (height, width) px, digest of the bytes
+Seen = tuple[tuple[int, int], str, int]  # (height, width) px, digest of the bytes, pages
 
 
 @dataclass
@@ -150,7 +152,7 @@ def check(
     _count(annotations, sorted(seen), report)
     _note(annotations, root, seen, report)
     if seen:
-        sides = np.array([size for size, _ in seen.values()])
+        sides = np.array([size for size, *_ in seen.values()])
         report.heights, report.widths = (
             tuple(int(function(sides[:, axis])) for function in (np.min, np.median, np.max)) for axis in (0, 1)
         )
@@ -194,7 +196,8 @@ def inspect_file(root: Path, name: str) -> Seen:
     path = root / name
     data = read_file(path)
     image = decode_image(data, path)
-    return (image.shape[0], image.shape[1]), hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest()
+    pages = cv2.imcount(str(path)) if path.suffix.lower() in (".tif", ".tiff") else 1
+    return (image.shape[0], image.shape[1]), hashlib.blake2b(data.tobytes(), digest_size=16).hexdigest(), pages
 
 
 def _spans(report: Report) -> Sequence[tuple[str, tuple[int, ...]]]:
@@ -279,7 +282,9 @@ def _count(annotations: Annotations, rows: Sequence[int], report: Report) -> Non
 def _note(annotations: Annotations, root: Path, seen: dict[int, Seen], report: Report) -> None:
     names = annotations.file_names
     first: dict[str, int] = {}
-    for row, (_, digest) in seen.items():
+    for row, (_, digest, pages) in seen.items():
+        if pages > 1:
+            report.notes.setdefault(PAGES, []).append(f"{names[row]}: {pages} pages")
         if first.setdefault(digest, row) != row:
             report.notes.setdefault("the same file twice", []).append(
                 f"{names[row]} is a copy of {names[first[digest]]}"

@@ -9,7 +9,7 @@ from pathlib import Path
 from aligndet.data.annotations import Annotations, Listing, assemble
 from aligndet.data.coco import find_images, load_coco
 from aligndet.data.folder import list_images
-from aligndet.data.voc import has_xml, load_voc
+from aligndet.data.voc import has_lists, has_xml, load_voc
 from aligndet.data.yolo import SPLITS, load_yolo, read_yaml
 
 FORMATS = ("coco", "voc", "yolo", "folder")
@@ -113,12 +113,22 @@ def coco_file(path: str | Path, split: str | None = None) -> Path:
     if split is not None:
         part = re.compile(rf"(^|[_./-]){re.escape(split)}(\d{{4}})?([./]|$)")
         files = [file for file in files if part.search(file.relative_to(path).as_posix())]
-    wanted = [file for file in files if file.name.startswith("instances")] or files
+    wanted = _instances(files)
     if not wanted:
         raise FileNotFoundError(f"annotations {path}: no COCO json{f' of split {split}' if split else ''}")
     if len(wanted) > 1:
         raise ValueError(f"annotations {path}: several COCO files, name one: {', '.join(map(str, wanted))}")
     return wanted[0]
+
+
+def has_parts(path: str | Path, kind: str) -> bool:
+    """Whether a data set of format ``kind`` has parts to choose from; training takes "train" of one that has.
+
+    A file of labels has none, nor has a folder with a single COCO file or one with VOC xml without lists.
+    """
+    if kind == "coco":
+        return Path(path).is_dir() and len(_instances(_coco_files(Path(path)))) > 1
+    return kind == "yolo" or (kind == "voc" and Path(path).is_dir() and has_lists(Path(path)))
 
 
 def yolo_file(path: str | Path) -> Path:
@@ -134,6 +144,10 @@ def yolo_file(path: str | Path) -> Path:
     if len(files) > 1:
         raise ValueError(f"annotations {path}: several YOLO files, name one: {', '.join(map(str, files))}")
     return files[0]
+
+
+def _instances(files: list[Path]) -> list[Path]:
+    return [file for file in files if file.name.startswith("instances")] or files
 
 
 def _coco_files(folder: Path) -> list[Path]:

@@ -12,10 +12,13 @@ import numpy as np
 
 PNG = b"\x89PNG\r\n\x1a\n"
 JPEG = b"\xff\xd8"
+TIFF = (b"II*\0", b"MM\0*")
 _ALONE = {0x01, *range(0xD0, 0xD9)}  # JPEG markers without a length
 _FRAMES = set(range(0xC0, 0xD0)) - {0xC4, 0xC8, 0xCC}  # JPEG markers that say the size
 _PNG_END = b"IEND\xaeB`\x82"  # with its checksum
-_ORIENTATION = 0x0112  # tag of EXIF
+_ORIENTATION, _BITS, _KIND = 0x0112, 0x0102, 0x0153  # tags of TIFF, of which EXIF is a block
+ANY_DEPTH = cv2.IMREAD_COLOR | cv2.IMREAD_ANYDEPTH  # 8 bits are decoded as without the second flag
+_FLOAT = 3  # a kind of samples
 
 
 def image_size(path: str | Path) -> tuple[int, int]:
@@ -59,6 +62,16 @@ def is_truncated(data: bytes) -> bool:
     return data.startswith(PNG) and data.rfind(_PNG_END) < 0
 
 
+def unfit_samples(data: bytes) -> str:
+    """What the samples of a TIFF file are where they are no integers of at most 16 bits; empty for all other files."""
+    if not data.startswith(TIFF):
+        return ""
+    bits = _tiff_value(data, _BITS) or 1
+    if _tiff_value(data, _KIND) == _FLOAT:
+        return f"floating point of {bits} bits"
+    return f"integers of {bits} bits" if bits > 16 else ""
+
+
 def _segments(data: bytes) -> list[tuple[int, int, int]]:
     """(marker, start, end) of the segments of a JPEG up to its pixels, as far as ``data`` goes."""
     found, place = [], 2
@@ -96,24 +109,36 @@ def _jpeg_size(data: bytes) -> tuple[int, int] | None:
 
 def _orientation(tiff: bytes) -> int:
     """The orientation that an EXIF block says, 1 .. 8; 1 where it says none."""
+    value = _tiff_value(tiff, _ORIENTATION)
+    return 1 if value is None else value
+
+
+def _tiff_value(tiff: bytes, wanted: int) -> int | None:
+    """The first of the 16 bit numbers under a tag of the first image; None where there is none."""
     order = {b"II": "<", b"MM": ">"}.get(tiff[:2])
     try:
         if order is None:
-            return 1
+            return None
         (first,) = struct.unpack_from(order + "I", tiff, 4)
-        (count,) = struct.unpack_from(order + "H", tiff, first)
-        for entry in range(count):
-            tag, _, _, value = struct.unpack_from(order + "HHIH", tiff, first + 2 + 12 * entry)
-            if tag == _ORIENTATION:
-                return int(value)
+        (entries,) = struct.unpack_from(order + "H", tiff, first)
+        for entry in range(entries):
+            place = first + 2 + 12 * entry
+            tag, _, count = struct.unpack_from(order + "HHI", tiff, place)
+            if tag == wanted:
+                if count > 2:  # more than fit into the entry: it says where they are
+                    (place,) = struct.unpack_from(order + "I", tiff, place + 8)
+                    return int(struct.unpack_from(order + "H", tiff, place)[0])
+                return int(struct.unpack_from(order + "H", tiff, place + 8)[0])
     except struct.error:
         pass
-    return 1
+    return None
 
 
 def _decoded_size(data: np.ndarray) -> tuple[int, int]:
+    if not data.size or unfit_samples(data.tobytes()):
+        return 0, 0
     try:
-        image = cv2.imdecode(data, cv2.IMREAD_COLOR) if data.size else None
+        image = cv2.imdecode(data, ANY_DEPTH)
     except cv2.error:
         image = None
     return (0, 0) if image is None else (image.shape[0], image.shape[1])

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from aligndet.data.formats import coco_file, detect_format, images_of, load_annotations
+from aligndet.data.formats import coco_file, detect_format, has_parts, images_of, load_annotations
 from aligndet.data.splits import choose_labelled, share_of
 
 FOLDS, PERCENT = (1, 2, 3, 4, 5), (1.0, 5.0, 10.0, 20.0)
@@ -22,12 +22,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--percent", type=float, nargs="+", default=PERCENT, help="of the images (default 1 5 10 20)")
     parser.add_argument("--folds", type=int, nargs="+", default=FOLDS, help="seeds of the draws (default 1 2 3 4 5)")
     parser.add_argument("--format", choices=("coco", "voc", "yolo"), help="default: found out")
-    parser.add_argument("--split", metavar="NAME", help="part of a folder or yaml: train, val, … (default: all)")
+    parser.add_argument("--split", metavar="NAME", help="part of a folder or yaml: val, … (default: train)")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Write the folds and say how many images each has."""
-    tree, stem, root = _tree(args.annotations, args.format, args.split)
+    """Write the folds and say of which part they are and how many images each has."""
+    kind = args.format or detect_format(args.annotations)
+    parts = has_parts(args.annotations, kind)
+    split = args.split or ("train" if parts else None)
+    source = coco_file(args.annotations, split) if kind == "coco" else Path(args.annotations)
+    tree, stem, root = _tree(source, kind, split)
     number, out = len(tree["images"]), Path(args.out)
     counts = {percent: share_of(number, percent) for percent in args.percent}
     try:
@@ -40,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
                 os.replace(temporary, path)
     except OSError as error:
         raise ValueError(f"--out {out}: cannot write there: {error.strerror}") from None
+    print(f"{source}: {f'part {split}' if parts else 'all'}, {number} images")
     for percent, count in counts.items():
         folds = ",".join(map(str, args.folds))
         print(f"{out}/{stem}.{{{folds}}}@{percent:g}.json: {count} of {number} images each")
@@ -56,14 +61,12 @@ def part_of(tree: dict[str, Any], images: Sequence[int]) -> dict[str, Any]:
     return tree | {"images": kept, "annotations": annotations}
 
 
-def _tree(path: str, kind: str | None, split: str | None) -> tuple[dict[str, Any], str, Path | None]:
+def _tree(path: Path, kind: str, split: str | None) -> tuple[dict[str, Any], str, Path | None]:
     """The labels as COCO json, the name that the folds get, and the image folder where it is not beside the labels."""
-    kind = kind or detect_format(path)
     if kind == "folder":
         raise ValueError(f"data {path}: holds no labels to split")
-    file = coco_file(path, split) if kind == "coco" else Path(path)
-    annotations = load_annotations(file, format=kind, split=split)
+    annotations = load_annotations(path, format=kind, split=split)
     if kind == "coco":  # as it stands there, nothing left out: load_annotations has only proved that it is COCO
-        return json.loads(file.read_bytes()), file.stem, None
-    name = "_".join(["instances", split] if split else ["instances", file.stem.replace("*", "")])
+        return json.loads(path.read_bytes()), path.stem, None
+    name = "_".join(["instances", split] if split else ["instances", path.stem.replace("*", "")])
     return annotations.to_coco(), name, images_of(annotations, None)

@@ -9,10 +9,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from aligndet.data.headers import file_bytes, is_truncated
+from aligndet.data.headers import ANY_DEPTH, file_bytes, is_truncated, unfit_samples
 
 FLAGS = {
-    1: cv2.IMREAD_COLOR,
+    1: ANY_DEPTH,
     2: cv2.IMREAD_REDUCED_COLOR_2,
     4: cv2.IMREAD_REDUCED_COLOR_4,
     8: cv2.IMREAD_REDUCED_COLOR_8,
@@ -22,9 +22,11 @@ FLAGS = {
 def read_image(path: str | Path) -> np.ndarray:
     """An image file as uint8 [H, W, 3] RGB, EXIF orientation applied; grey, alpha and 16 bit become 8-bit RGB.
 
+    Of more than 8 bits the upper 8 that the image uses are kept (``eight_bits``), of several pages the first.
+
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no image that OpenCV can read, or only a part of one.
+        ValueError: it is no image that OpenCV can read, or only a part of one, or has no integers of 8 or 16 bits.
     """
     return decode_image(read_file(path), path)
 
@@ -44,15 +46,39 @@ def decode_image(data: np.ndarray, path: str | Path, reduction: int = 1) -> np.n
 
     A ``reduction`` of 2, 4 or 8 decodes a JPEG at a fraction of its size: blocks of 8 x 8 px become 4 x 4, 2 x 2 or 1.
     """
-    if is_truncated(data.tobytes()):
+    content = data.tobytes()
+    if is_truncated(content):
         raise ValueError(f"image {path}: truncated: the file ends before the image does ({data.size} bytes)")
+    unfit = unfit_samples(content)
+    if unfit:
+        raise ValueError(f"image {path}: want integers of 8 or 16 bits per channel, got {unfit}")
     try:
         image = cv2.imdecode(data, FLAGS[reduction]) if data.size else None
     except cv2.error:
         image = None
     if image is None:
         raise ValueError(f"image {path}: not an image that can be decoded ({data.size} bytes)")
+    if image.dtype != np.uint8:
+        try:
+            image = eight_bits(image)
+        except ValueError as error:
+            raise ValueError(f"image {path}: {error}") from None
     return cv2.cvtColor(image, cv2.COLOR_BGR2RGB)
+
+
+def eight_bits(image: np.ndarray) -> np.ndarray:
+    """An integer image of any shape as uint8: divided by the smallest power of two that brings its maximum below 256.
+
+    So 12 bits of a camera in a file of 16 are divided by 16, the full 16 bits by 256, and values below 256 stay.
+
+    Raises:
+        ValueError: other numbers than integers of 8 or 16 bits, or negative ones.
+    """
+    if image.dtype not in (np.uint8, np.int8, np.uint16, np.int16):
+        raise ValueError(f"want integers of 8 or 16 bits per channel, got {image.dtype}")
+    if image.dtype.kind == "i" and image.min() < 0:
+        raise ValueError(f"want integers of 8 or 16 bits per channel from 0 on, got {image.min()}")
+    return (image >> max(int(image.max()).bit_length() - 8, 0)).astype(np.uint8)
 
 
 def resized_size(size: tuple[int, int], short_side: int, long_side: int) -> tuple[int, int]:

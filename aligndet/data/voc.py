@@ -77,10 +77,15 @@ def has_xml(folder: Path) -> bool:
     return any(any(place.glob("*.xml")) for base in _bases(folder) for place in (base / "Annotations", base))
 
 
+def has_lists(folder: Path) -> bool:
+    """Whether a folder of ``load_voc`` has lists of names, its parts."""
+    return any(lists.is_dir() for lists in _lists(folder))
+
+
 def _names(path: Path, split: str | None) -> dict[Path, list[str]]:
     """Stems of the xml files by base folder, the one above ``Annotations``."""
     if path.is_dir():
-        lists = [base / "ImageSets" / "Main" for base in _bases(path)]
+        lists = _lists(path)
         if split is None or not any(folder.is_dir() for folder in lists):
             return {base: sorted(file.stem for file in _xml_folder(base).glob("*.xml")) for base in _bases(path)}
         files = [folder / f"{split}.txt" for folder in lists if (folder / f"{split}.txt").is_file()]
@@ -104,6 +109,10 @@ def _bases(folder: Path) -> list[Path]:
     if (folder / "Annotations").is_dir():
         return [folder]
     return sorted(inner.parent for inner in folder.glob("*/Annotations")) or [folder]
+
+
+def _lists(folder: Path) -> list[Path]:
+    return [base / "ImageSets" / "Main" for base in _bases(folder)]
 
 
 def _xml_folder(base: Path) -> Path:

@@ -14,6 +14,7 @@ from aligndet.data.headers import image_size
 
 SPLITS = ("train", "val", "test")
 LABELS_UNREADABLE = "label file that cannot be read"
+PART_MISSING = "part that is named and not there"
 
 
 def load_yolo(
@@ -33,18 +34,19 @@ def load_yolo(
     Args:
         path: the yaml file: ``names`` (list, or numbers to names), ``train``, ``val``, ``test`` (a folder of images, a
             text file that lists images, or a list of those), optionally ``path``, which those are relative to.
-        split: which of the three; None: all that the file names.
+        split: which of the three; None: all that the file names. One of those without a folder is reported, since
+            exports of annotation tools name parts that they did not write.
 
     Raises:
-        FileNotFoundError: no such file, or one of its folders does not exist.
+        FileNotFoundError: no such file; the folder of ``split`` does not exist, or that of no part.
         ValueError: not such a yaml file; no such split.
     """
     path = Path(path)
     tree = read_yaml(path)
     categories = _categories(tree, path)
-    images = _images(tree, path, split)
-    root = Path(os.path.commonpath([image.parent for image in images]))
     report: dict[str, list[str]] = {}
+    images = _images(tree, path, split, report)
+    root = Path(os.path.commonpath([image.parent for image in images]))
     kept, texts = [], []
     for image in images:
         labels = _label_file(image)
@@ -98,34 +100,51 @@ def _categories(tree: dict[str, Any], path: Path) -> dict[int, str]:
     return {key: str(name) for key, name in pairs.items()}
 
 
-def _images(tree: dict[str, Any], path: Path, split: str | None) -> list[Path]:
-    """The images of a split in the order of its lists, folders by name; each once."""
+def _images(tree: dict[str, Any], path: Path, split: str | None, report: dict[str, list[str]]) -> list[Path]:
+    """The images of a split in the order of its lists, folders by name; each once. None: of all that are there."""
     there = [name for name in SPLITS if tree.get(name)]
     if not there or (split is not None and split not in there):
         want = split or " or ".join(SPLITS)
         raise ValueError(f"annotations {path}: no split {want}; it has {', '.join(there) or 'none'}")
     found: list[Path] = []
+    missing: list[Exception] = []
     for name in there if split is None else [split]:
-        for entry in tree[name] if isinstance(tree[name], list) else [tree[name]]:
-            place = _place(str(entry), tree, path)
-            if place.is_dir():
-                found += [place / image for image in list_images(place)]
-            else:
-                lines = [line.strip() for line in place.read_text().splitlines() if line.strip()]
-                found += [_beside(place, line, tree, path) for line in lines if line.lower().endswith(SUFFIXES)]
+        try:
+            found += _part(tree, name, path)
+        except (FileNotFoundError, ValueError) as error:
+            missing.append(error)
+            report.setdefault(PART_MISSING, []).append(
+                f"part {name}: {str(error).removeprefix(f'annotations {path}: ')}"
+            )
+    if missing and (split is not None or not found):
+        raise missing[0]
     if not found:
         raise ValueError(f"annotations {path}: no images in {', '.join(there)}")
     return list(dict.fromkeys(image.resolve() if ".." in image.parts else image.absolute() for image in found))
 
 
+def _part(tree: dict[str, Any], name: str, path: Path) -> list[Path]:
+    """The images of a part; FileNotFoundError, ValueError where a folder or list of it is not there, or has none."""
+    found: list[Path] = []
+    for entry in tree[name] if isinstance(tree[name], list) else [tree[name]]:
+        place = _place(str(entry), tree, path)
+        if place.is_dir():
+            found += [place / image for image in list_images(place)]
+        else:
+            lines = [line.strip() for line in place.read_text().splitlines() if line.strip()]
+            found += [_beside(place, line, tree, path) for line in lines if line.lower().endswith(SUFFIXES)]
+    return found
+
+
 def _place(entry: str, tree: dict[str, Any], path: Path) -> Path:
-    bases = [path.parent / str(tree.get("path") or ""), path.parent]
+    bases = list(dict.fromkeys([path.parent / str(tree.get("path") or ""), path.parent]))
     # Exports of annotation tools write ../train/images for the folder train/images beside the yaml.
     candidates = [base / text for base in bases for text in (entry, entry.removeprefix("../"))]
     for candidate in candidates:
         if candidate.exists():
             return candidate
-    raise FileNotFoundError(f"annotations {path}: {entry} is neither in {bases[0]} nor in {bases[1]}")
+    places = f"not in {bases[0]}" if len(bases) == 1 else f"neither in {bases[0]} nor in {bases[1]}"
+    raise FileNotFoundError(f"annotations {path}: {entry} is {places}")
 
 
 def _beside(listing: Path, line: str, tree: dict[str, Any], path: Path) -> Path:

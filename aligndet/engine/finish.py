@@ -38,7 +38,9 @@ def finish(config: Config, training: Training) -> Path:
         )
         averaged = "" if training.average is None else f", averaged with decay {training.average.decay:.4g}"
         training.log.note(f"{path}: written after {training.done} steps{averaged}, {training.skipped} images skipped")
-    if config.task == settings.FINETUNE and config.data.val is not None:
+    if config.task == settings.FINETUNE and config.data.val is None:
+        training.log.note("data.val is not set: not evaluated")
+    elif config.task == settings.FINETUNE:
         _measure(config, training)
     training.log.close()
     barrier(training.world)

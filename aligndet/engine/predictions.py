@@ -6,6 +6,7 @@ import argparse
 import json
 import os
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -42,10 +43,10 @@ def run(args: argparse.Namespace) -> int:
     Annotations are COCO's results with ids: bbox x, y, width, height px, score, and run lengths where there are masks.
     Images that cannot be read are named and left out, unless there is only one.
     """
+    files = _files(args.images)
     detector, classes = load_detector(args.weights)
     detector = folded(detector).to(device_for(args.device, "--device"))
     detector.score_threshold = min(detector.score_threshold, args.score_threshold)
-    files = _files(args.images)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
     images: list[dict[str, Any]] = []
@@ -81,15 +82,31 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _files(arguments: Sequence[str]) -> list[tuple[Path, str]]:
-    """Each image once, with the name it gets in the results: relative to the folder that was given."""
-    found: dict[Path, str] = {}
+    """Each image once, with the name it gets in the results: relative to the folder that was given.
+
+    Names that are the same get the name of that folder (of a file: the one it lies in) in front.
+
+    Raises:
+        FileNotFoundError: there is no such file or folder.
+        ValueError: a folder without images, or names that are still the same.
+    """
+    found: dict[Path, tuple[Path, str, str]] = {}  # by absolute path: as given, relative name, folder
     for argument in map(Path, arguments):
+        if not argument.exists():
+            raise FileNotFoundError(f"images {argument}: no such file or folder")
+        place = Path(os.path.abspath(argument))
         if argument.is_file():
-            found.setdefault(argument, argument.name)
+            found.setdefault(place, (argument, argument.name, place.parent.name))
         else:
             for name in list_images(argument):
-                found.setdefault(argument / name, str(name))
-    return list(found.items())
+                found.setdefault(place / name, (argument / name, name, place.name))
+    counts = Counter(name for _, name, _ in found.values())
+    files = [(path, name if counts[name] == 1 else f"{folder}/{name}") for path, name, folder in found.values()]
+    first: dict[str, Path] = {}
+    for path, name in files:
+        if first.setdefault(name, path) != path:
+            raise ValueError(f"images {path}: the results would call it {name} like {first[name]}; want runs apart")
+    return files
 
 
 def _annotations(found: Detections, image: int, first: int) -> list[dict[str, Any]]:

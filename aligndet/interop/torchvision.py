@@ -91,7 +91,12 @@ def to_state_dict(detector: Detector) -> dict[str, Tensor]:
         ValueError: torchvision has no place for some tensors, listed with their shapes.
     """
     pairs, changes = _names(detector)
-    return names_there(detector, pairs, changes)
+    try:
+        return names_there(detector, pairs, changes)
+    except ValueError as error:
+        if isinstance(detector, FCOS) and not detector.rules.linear:
+            raise ValueError(f"{error}; want model.conventions=torchvision, set before pre-training") from None
+        raise
 
 
 def _names(detector: Detector) -> tuple[list[Pair], list[Change]]:

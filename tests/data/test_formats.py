@@ -146,7 +146,7 @@ def test_yolo_layouts(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=message):
             load_annotations(path, split="train")
     path.write_text("names: [a]\ntrain: nowhere")
-    with pytest.raises(FileNotFoundError, match="nowhere is neither in"):
+    with pytest.raises(FileNotFoundError, match="nowhere is not in"):
         load_annotations(path)
 
 

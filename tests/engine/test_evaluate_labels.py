@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
 
@@ -188,3 +189,45 @@ def test_eval_without_labels_asks_for_data_val(tmp_path: Path, capsys: pytest.Ca
         error = capsys.readouterr().err
         assert stop.value.code == 2 and error.count("\n") == 1
         assert "data.val: eval needs it, labels in COCO, VOC or YOLO format" in error
+
+
+STRANGE: list[Any] = [None, [], {}, "", "7", "x", True, -1, 0, 1.5, 1e400, -1e400, float("nan"), 2**70, [1, 2], ["3"]]
+
+
+@pytest.mark.parametrize("iou_type", ["bbox", "segm"])
+def test_what_can_be_trained_on_can_be_evaluated_on(iou_type: str, tmp_path: Path) -> None:
+    """Values of one to three keys replaced by strange ones, 300 times: a file that is read is measured, too."""
+    path, found = scene(5, tmp_path, iou_type == "segm")
+    whole, rng, read = json.loads(path.read_text()), np.random.default_rng(3), 0
+    for _ in range(300):
+        tree = copy.deepcopy(whole)
+        for _ in range(rng.integers(1, 4)):
+            part = tree[str(rng.choice(["annotations"] * 8 + ["images", "categories"]))]
+            row = part[rng.integers(len(part))]
+            row[str(rng.choice([*row, "iscrowd", "area"]))] = copy.deepcopy(STRANGE[rng.integers(len(STRANGE))])
+        path.write_text(json.dumps(tree))
+        try:
+            load_coco(path, masks=iou_type == "segm")
+        except ValueError:
+            continue
+        read += 1
+        try:
+            known = all(tree[key] == whole[key] for key in ("images", "categories"))
+            values = figures(path, found if known else {}, iou_type)
+        except ValueError as error:
+            raise AssertionError(f"{tree}") from error
+        assert all(0 <= value <= 1 or math.isnan(value) for value in values)
+        save_predictions(tmp_path / "p.json", path, {})
+    assert read > 100
+
+
+def test_one_of_several_ranks_tells(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, _ = scene(4, tmp_path, False)
+    spoilt = rewritten(path, lambda tree: tree["annotations"][0].update(bbox=[]))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    for rank in (0, 1):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        coco_metrics(spoilt, {})
+        assert capsys.readouterr().err.count("\n") == 1 - rank

@@ -82,7 +82,7 @@ def evaluate_weights(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", help="folder for the results; default: beside the weights, in eval/")
     args = _parsed(parser, argv)
     with one_line_errors():
-        config = load_config(args.cfg, args.overrides)
+        config = load_config(args.cfg, args.overrides, evaluation=True)
         world = _start(config)
         repeatable(config.deterministic)
         detector, classes = load_detector(args.weights)

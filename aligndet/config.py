@@ -182,11 +182,11 @@ class Config:
     optim: OptimConfig = field(default_factory=OptimConfig)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
+def load_config(path: str | Path, overrides: Sequence[str] = (), evaluation: bool = False) -> Config:
     """The config of a YAML file with ``key.sub=value`` overrides on top.
 
     Values of overrides are read as YAML (``data.short_side=[256, 320]``, ``optim.clip=null``). A key that knows no null
-    has its default with it.
+    has its default with it. For an ``evaluation``, ``data.val`` has to be there.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -205,7 +205,10 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> Config:
         raise ValueError(f"config {path}: want a mapping of keys to values, got {type(tree).__name__}")
     for override in overrides:
         _override(tree, override)
+    data = tree.get("data")
     try:
+        if evaluation and (data is None or (isinstance(data, dict) and data.get("val") is None)):
+            raise ValueError("data.val: eval needs it, labels in COCO, VOC or YOLO format")
         return from_dict(tree)
     except ValueError as error:
         raise ValueError(f"config {path}: {error}") from None

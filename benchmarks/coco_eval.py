@@ -26,8 +26,8 @@ from pycocotools import mask as rle
 
 from aligndet.engine import cocoeval
 from aligndet.engine.cocoeval import FAST, SLOW, averaged
-from aligndet.engine.evaluate import _records, _true_records, coco_metrics
-from aligndet.engine.truth import read_truth
+from aligndet.engine.evaluate import _records, coco_metrics
+from aligndet.engine.truth import read_truth, true_records
 from aligndet.structures import Detections
 
 CLASSES, OBJECTS, HEIGHT, WIDTH = 80, 7, 480, 640
@@ -115,7 +115,7 @@ def main() -> None:
         truth = read_truth(path, ())
         for iou_type in ("bbox", "segm"):
             records = _records(found, truth, "bbox")
-            true = _true_records(truth, iou_type)
+            true = true_records(truth, iou_type)[0]
             records = masked(records) if iou_type == "segm" else records
             key = f"{'masks' if iou_type == 'segm' else 'boxes'}, evaluation alone"
             results[key] = timed(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import math
 from array import array
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, overload
@@ -104,10 +104,7 @@ class Annotations:
 
     def report_lines(self) -> list[str]:
         """One line for each reason for which something was left out."""
-        return [
-            f"{self.path}: {len(lines)} annotations left out, {reason}; the first: {lines[0]}"
-            for reason, lines in self.report.items()
-        ]
+        return report_lines(self.path, self.report)
 
     def to_coco(self, images: Iterable[int] | None = None) -> dict[str, Any]:
         """The data set as COCO json: x, y, width, height px; ids of images and categories as here.
@@ -146,6 +143,14 @@ class Annotations:
         return record
 
 
+def report_lines(path: str | Path, report: Mapping[str, list[str]]) -> list[str]:
+    """One line for each reason for which something was left out."""
+    return [
+        f"{path}: {len(lines)} annotations left out, {reason}; the first: {lines[0]}"
+        for reason, lines in report.items()
+    ]
+
+
 class LabelledObject(NamedTuple):
     """An object as its file states it, before any rule."""
 
@@ -153,7 +158,7 @@ class LabelledObject(NamedTuple):
     image: int  # row of its image; -1: of none that the data set has
     category: int  # id
     box: Any  # x, y, width, height px
-    crowd: bool = False
+    crowd: bool | None = False  # None: the file says something that is neither yes nor no
     area: Any = None  # px^2, where the file says
     segmentation: Any = None  # COCO's
 
@@ -169,6 +174,7 @@ class Listing:
     categories: dict[int, str]
     report: dict[str, list[str]] = field(default_factory=dict)
     root: Path | None = None
+    texts: Sequence[str] = ()  # the ids that the file has for its images, where they are texts that are no numbers
 
 
 @dataclass
@@ -201,7 +207,8 @@ def assemble(
     for item in objects:
         reason = _add(kept, item, listing, label_of, masks)
         if reason:
-            report.setdefault(reason, []).append(_describe(item, listing))
+            where = f" of {listing.file_names[item.image]}" if item.image >= 0 else ""
+            report.setdefault(reason, []).append(describe(item, where, listing.categories))
         if report and on_error == "fail":
             break
     if report and on_error == "fail":
@@ -219,6 +226,17 @@ def check_once(values: Sequence[int | str], what: str, path: str | Path) -> None
         seen.add(value)
 
 
+def unfit(item: LabelledObject, size: tuple[int, int]) -> tuple[tuple[float, ...], str]:
+    """The rules for one object of an image of ``size`` (height, width) px, zeros where it is not known.
+
+    Returns:
+        Its corners clipped to the image, xyxy px, and ""; or () and the reason for which it does not serve.
+    """
+    if item.crowd is None:
+        return (), "iscrowd is neither 0 nor 1"
+    return _corners(item.box, item.area, size)
+
+
 def _add(kept: _Kept, item: LabelledObject, listing: Listing, label_of: dict[int, int], masks: bool) -> str:
     """Keep an object, if it is of a wanted class; or the reason why it does not serve."""
     if item.image < 0:
@@ -226,22 +244,22 @@ def _add(kept: _Kept, item: LabelledObject, listing: Listing, label_of: dict[int
     label = label_of.get(item.category)
     if label is None:
         return "" if item.category in listing.categories else "category unknown"
-    corners, reason = _corners(item.box, item.area, listing.sizes[item.image])
+    corners, reason = unfit(item, listing.sizes[item.image])
     mask = b""
     if masks and not reason and not item.crowd:
         mask, reason = run_lengths(item.segmentation, listing.sizes[item.image])
     if not reason:
         kept.rows.append(item.image)
         kept.labels.append(label)
-        kept.crowd.append(item.crowd)
+        kept.crowd.append(bool(item.crowd))
         kept.corners.extend(corners)
         kept.masks.append(mask)
     return reason
 
 
-def _describe(item: LabelledObject, listing: Listing) -> str:
-    where = f" of {listing.file_names[item.image]}" if item.image >= 0 else ""
-    unknown = "" if item.category in listing.categories else f", category {item.category}"
+def describe(item: LabelledObject, where: str, categories: Collection[int]) -> str:
+    """An object as reports name it; ``where`` follows its name."""
+    unknown = "" if item.category in categories else f", category {item.category}"
     return f"{item.name}{where}{unknown}, box {item.box if isinstance(item.box, str) else shown(item.box)}"
 
 

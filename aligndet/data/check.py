@@ -18,7 +18,7 @@ import cv2
 import numpy as np
 
 from aligndet.data.annotations import Annotations
-from aligndet.data.folder import list_images
+from aligndet.data.folder import list_images, name_below, place_of
 from aligndet.data.formats import FORMATS, coco_file, detect_format, images_of, load_annotations, yolo_file
 from aligndet.data.labelled import wrong_size
 from aligndet.data.progress import Progress
@@ -193,7 +193,7 @@ def as_text(report: Report, shown: int | None) -> str:
 
 def inspect_file(root: Path, name: str) -> Seen:
     """Decode an image; raises as ``read_image`` does. Called in the worker processes."""
-    path = root / name
+    path = place_of(root, name)
     data = read_file(path)
     image = decode_image(data, path)
     pages = cv2.imcount(str(path)) if path.suffix.lower() in (".tif", ".tiff") else 1
@@ -300,7 +300,7 @@ def _note(annotations: Annotations, root: Path, seen: dict[int, Seen], report: R
         if not count["boxes"]:
             report.notes.setdefault("class without a box", []).append(name)
     with contextlib.suppress(ValueError, FileNotFoundError):
-        listed = set(names)
+        listed = {name_below(root, name) for name in names}
         extra = [name for name in list_images(root) if name not in listed] if len(names) else []
         if extra and report.format == "coco":
             report.notes["image that the labels do not list"] = extra

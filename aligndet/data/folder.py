@@ -37,11 +37,31 @@ def list_images(root: str | Path) -> list[str]:
     return sorted(found)
 
 
+def name_below(root: str | Path, name: str) -> str:
+    """A file name of labels as it is below ``root``: labels written on Windows may have a backslash for each "/".
+
+    The name as it stands is taken where there is such a file, and where there is neither.
+    """
+    if "\\" not in name or (Path(root) / name).exists():
+        return name
+    other = name.replace("\\", "/")
+    return other if (Path(root) / other).exists() else name
+
+
+def place_of(root: str | Path, name: str) -> Path:
+    """The file that a file name of labels means; see ``name_below``."""
+    return Path(root) / name_below(root, name)
+
+
 def check_name(name: str) -> None:
-    """Raises ValueError for a file name that cannot be below a folder: absolute, with "..", or no name of a file."""
+    """Raises ValueError for a file name that cannot be below a folder: absolute, with "..", or no name of a file.
+
+    Backslashes are read in both ways, as ``name_below`` does.
+    """
     pure = PurePosixPath(name)
-    if pure.is_absolute() or ".." in pure.parts:
-        raise ValueError(f"{shown(name)} leaves the image folder")
+    for read in (pure, PurePosixPath(name.replace("\\", "/"))):
+        if read.is_absolute() or ".." in read.parts:
+            raise ValueError(f"{shown(name)} leaves the image folder")
     try:
         ordinary = b"\0" not in os.fsencode(name) and len(pure.parts) > 0
     except UnicodeEncodeError:

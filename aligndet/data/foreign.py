@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 
 from aligndet.data.annotations import Annotations, LabelledObject, Listing, assemble, check_once
-from aligndet.data.coco import read_coco
-from aligndet.data.folder import list_images
+from aligndet.data.coco import plain_id, read_coco
+from aligndet.data.folder import list_images, place_of
 from aligndet.data.headers import image_size
 from aligndet.data.proposals import open_proposals
 from aligndet.data.selective_search import largest_first
@@ -238,17 +238,17 @@ def _read_results(path: Path, annotations: str, min_score: float | None) -> _Sou
             raise ValueError(f"proposals {path}: result {index}: score: want a finite number, got {score!r}")
         scores[index] = min(max(score, -1e300), 1e300)  # a whole number may be too large for a float
     listing, _ = read_coco(annotations)
-    row_of = {image: row for row, image in enumerate(listing.image_ids)}
+    row_of: dict[Any, int] = {image: row for row, image in enumerate(listing.texts or listing.image_ids)}
     order = np.argsort(-scores, kind="stable")
     if min_score is not None:
         order = order[scores[order] >= min_score]
-    return _Source(replace(listing, categories={1: NAME}), _results(tree, order, row_of))
+    return _Source(replace(listing, categories={1: NAME}, texts=()), _results(tree, order, row_of))
 
 
-def _results(tree: list[Any], order: np.ndarray, row_of: dict[int, int]) -> Iterator[LabelledObject]:
+def _results(tree: list[Any], order: np.ndarray, row_of: dict[Any, int]) -> Iterator[LabelledObject]:
     for index in order.tolist():
         image = tree[index]["image_id"]
-        row = row_of.get(image, -1) if isinstance(image, int) else -1
+        row = row_of.get(image, row_of.get(plain_id(image), -1)) if isinstance(image, int | str) else -1
         name = f"result {index}" if row >= 0 else f"result {index}, image {image!r}"
         yield LabelledObject(name, row, 1, tree[index]["bbox"])
 
@@ -282,11 +282,12 @@ def _complete_sizes(listing: Listing, folder: str | Path | None, path: Path) -> 
                 raise ValueError(
                     f"proposals {path}: does not say how large {name!r} is; --images names the image folder"
                 )
-            if not (Path(folder) / name).is_file():
-                raise FileNotFoundError(f"image {Path(folder) / name}: no such file; {path} has boxes for it")
-            size = image_size(Path(folder) / name)
+            file = place_of(folder, name)
+            if not file.is_file():
+                raise FileNotFoundError(f"image {file}: no such file; {path} has boxes for it")
+            size = image_size(file)
             if size == UNKNOWN:
-                raise ValueError(f"image {Path(folder) / name}: cannot be read, so its size is not known")
+                raise ValueError(f"image {file}: cannot be read, so its size is not known")
         sizes.append(size)
     return sizes
 

@@ -13,6 +13,7 @@ from aligndet.data.voc import has_lists, has_xml, load_voc
 from aligndet.data.yolo import SPLITS, load_yolo, read_yaml
 
 FORMATS = ("coco", "voc", "yolo", "folder")
+PARTS = "train|val|valid|validation|test|minival|trainval|unlabeled"  # that names of COCO files say
 
 
 def load_annotations(
@@ -103,16 +104,20 @@ def detect_format(path: str | Path) -> str:
 def coco_file(path: str | Path, split: str | None = None) -> Path:
     """The COCO json that a path means: itself, or the one of a folder for ``split``.
 
+    The only one of a folder is of any split, unless its name says which; Roboflow's "valid" is "val".
+
     Raises:
         FileNotFoundError, ValueError: the folder has none, or several that fit.
     """
     path = Path(path)
     if not path.is_dir():
         return path
-    files = _coco_files(path)
+    every = files = _coco_files(path) or sorted(path.glob("*.json"))
     if split is not None:
-        part = re.compile(rf"(^|[_./-]){re.escape(split)}(\d{{4}})?([./]|$)")
-        files = [file for file in files if part.search(file.relative_to(path).as_posix())]
+        names = "val|valid|validation" if split == "val" else re.escape(split)
+        files = [file for file in every if _names_part(file.relative_to(path), names)]
+        if not files and len(every) == 1 and not _names_part(every[0].relative_to(path), PARTS):
+            files = every
     wanted = _instances(files)
     if not wanted:
         raise FileNotFoundError(f"annotations {path}: no COCO json{f' of split {split}' if split else ''}")
@@ -148,6 +153,10 @@ def yolo_file(path: str | Path) -> Path:
 
 def _instances(files: list[Path]) -> list[Path]:
     return [file for file in files if file.name.startswith("instances")] or files
+
+
+def _names_part(file: Path, names: str) -> bool:
+    return re.search(rf"(^|[_./-])({names})(\d{{4}})?([./]|$)", file.as_posix()) is not None
 
 
 def _coco_files(folder: Path) -> list[Path]:

@@ -15,6 +15,7 @@ from aligndet.data.annotations import Annotations
 from aligndet.data.augment import Draw, Size, Window, follow_masks, plain_window, reduced, wide_enough
 from aligndet.data.batch import Sample
 from aligndet.data.decode import open_picture
+from aligndet.data.folder import place_of
 from aligndet.data.headers import image_size
 from aligndet.data.retry import first_readable
 from aligndet.data.transforms import flip_boxes, read_image, resize
@@ -75,7 +76,7 @@ class LabelledImages(Dataset[Sample]):
         self.rows = np.array([row for row in wanted.tolist() if len(annotations.rows_of(row))], dtype=np.int64)
         self.without_boxes = len(wanted) - len(self.rows)
         if not len(self.rows):
-            raise ValueError(f"annotations {annotations.path}: none of the {len(wanted)} images has a usable box")
+            raise ValueError(f"annotations {annotations.path}: {_nothing(annotations, len(wanted))}")
         self.crops = window is not None
         self.window = window or partial(plain_window, short_sides=short_sides, long_side=long_side)
         self.flip_probability, self.crowds, self.on_error, self.seed = flip_probability, crowds, on_error, seed
@@ -102,13 +103,13 @@ class LabelledImages(Dataset[Sample]):
         sizes = self.annotations.sizes[self.rows]
         unknown = np.flatnonzero(sizes.min(axis=1) == 0)
         for place in unknown.tolist():
-            sizes[place] = image_size(self.root / self.annotations.file_names[self.rows[place]])
+            sizes[place] = image_size(place_of(self.root, self.annotations.file_names[self.rows[place]]))
         return np.asarray(sizes[:, 1] > sizes[:, 0])
 
     def _load(self, position: int, index: int) -> _Loaded:
         """An image, decoded no larger than the part of it that is drawn before needs."""
         row = int(self.rows[index])
-        picture = open_picture(self.root / self.annotations.file_names[row], self.fast_decode)
+        picture = open_picture(place_of(self.root, self.annotations.file_names[row]), self.fast_decode)
         wrong = wrong_size(self.annotations, row, picture.size)
         if wrong:
             raise ValueError(f"image {picture.path}: {wrong}")
@@ -181,8 +182,17 @@ def wrong_size(annotations: Annotations, row: int, size: tuple[int, int]) -> str
     return f"{annotations.path} says {width} x {height} px, the file has {size[1]} x {size[0]}"
 
 
+def _nothing(annotations: Annotations, images: int) -> str:
+    """That there is nothing to learn from, and why, where something was left out."""
+    why = [f"{len(lines)} annotations left out: {reason}" for reason, lines in annotations.report.items()]
+    if why and annotations.masks is not None:
+        why.append("this detector needs a mask for each object")
+    reasons = f" ({'; '.join(why)})" if why else ""
+    return f"none of the {images} images has a usable box{reasons}"
+
+
 def _read(annotations: Annotations, root: Path, row: int) -> Tensor:
-    path = root / annotations.file_names[row]
+    path = place_of(root, annotations.file_names[row])
     image = read_image(path)
     wrong = wrong_size(annotations, row, (image.shape[0], image.shape[1]))
     if wrong:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from aligndet.data.folder import list_images
+from aligndet.data.folder import list_images, name_below
 from aligndet.data.formats import images_of, load_annotations
 from aligndet.data.journal import Journal, changes
 from aligndet.data.progress import Progress
@@ -255,7 +255,8 @@ def _images(annotations: str | None, folder: str | None) -> tuple[Sequence[str],
     """File names and the folder that they are relative to."""
     if annotations is not None:
         found = load_annotations(annotations)
-        return found.file_names, images_of(found, folder)
+        root = images_of(found, folder)
+        return [name_below(root, name) for name in found.file_names], root
     if folder is None:
         raise ValueError("want --images DIR, --annotations LABELS or both, got neither")
     return list_images(folder), Path(folder)

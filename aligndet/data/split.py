@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aligndet.data.coco import plain_id
 from aligndet.data.formats import coco_file, detect_format, has_parts, images_of, load_annotations
 from aligndet.data.splits import choose_labelled, share_of
 
@@ -56,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
 def part_of(tree: dict[str, Any], images: Sequence[int]) -> dict[str, Any]:
     """A COCO tree with some of its images, in the order of the file, and their annotations; the rest stays."""
     kept = [tree["images"][row] for row in sorted(images)]
-    ids = {image["id"] for image in kept}
-    annotations = [annotation for annotation in tree["annotations"] if annotation["image_id"] in ids]
+    ids = {plain_id(image["id"]) for image in kept}
+    annotations = [annotation for annotation in tree["annotations"] if plain_id(annotation["image_id"]) in ids]
     return tree | {"images": kept, "annotations": annotations}
 
 

@@ -36,13 +36,13 @@ def averaged(
     Args:
         true, found: objects and detections, numbered from 1 on; of detections the best 100 per image and class count.
         iou_type: "bbox" or "segm".
-        package: FAST or SLOW; None: ``evaluator()``. Image ids that are no whole numbers are SLOW's affair.
+        package: FAST or SLOW; None: ``evaluator()``.
 
     Returns:
         float64 [12], AP ... ARl; float64 [T, R, K], precision at each IoU threshold and recall for each class, all
         sizes, 100 detections; and the K category ids, ascending. -1 where there is nothing to find.
     """
-    package = package or (evaluator() if all(type(image_id) is int for image_id in truth.sizes) else SLOW)
+    package = package or evaluator()
     of_files, of_metrics = _classes(package)
     with contextlib.redirect_stdout(io.StringIO()):
         evaluation = of_metrics(_coco(of_files, truth, true), _coco(of_files, truth, found), iou_type)

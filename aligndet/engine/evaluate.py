@@ -17,13 +17,22 @@ from typing import Any, Protocol
 import numpy as np
 import torch
 from pycocotools import mask as rle
-from pycocotools.coco import COCO
 from torch import Tensor
 
 from aligndet.data.annotations import Annotations
+from aligndet.data.coco import plain_id
 from aligndet.engine.cocoeval import averaged
 from aligndet.engine.distributed import World, gather_objects
-from aligndet.engine.truth import Truth, by_image, check_detections, read_json, read_truth
+from aligndet.engine.truth import (
+    Truth,
+    by_image,
+    check_detections,
+    image_ids,
+    read_json,
+    read_truth,
+    tell,
+    true_records,
+)
 from aligndet.protocol import Detector
 from aligndet.structures import Batch, Detections
 
@@ -51,6 +60,9 @@ def coco_metrics(
 ) -> dict[str, Any]:
     """COCO's twelve metrics of detections against an annotation file.
 
+    What the rules of labels (``load_annotations``) leave out is not looked for, and told on stderr; for "segm" that are
+    also objects without a mask. All else is measured as pycocotools does.
+
     Args:
         annotation_file: COCO json; "area", "iscrowd", annotation ids and "info" may be missing. Or annotations of any
             format, with masks for "segm": the clipped boxes; objects marked difficult are crowds.
@@ -74,7 +86,9 @@ def coco_metrics(
         raise ValueError(f"iou_type: want one of {', '.join(IOU_TYPES)}, got {iou_type!r}")
     truth = read_truth(annotation_file, classes)
     found = _records(by_image(detections, truth), truth, iou_type)
-    values, precision, columns = averaged(truth, _true_records(truth, iou_type), found, iou_type)
+    true, left_out = true_records(truth, iou_type)
+    tell(truth, left_out, "boxes" if iou_type == "bbox" else "masks")
+    values, precision, columns = averaged(truth, true, found, iou_type)
     metrics: dict[str, Any] = dict(zip(METRICS, map(_known, values), strict=True))
     if per_class:
         rows = {category_id: precision[..., column] for column, category_id in enumerate(columns)}
@@ -130,9 +144,14 @@ def save_predictions(
     truth = read_truth(annotation_file, classes)
     found = by_image(detections, truth)
     masked = any(item.masks is not None or item.encoded is not None for item in found.values())
-    records = []
+    (own_images, own_categories), records = truth.own_ids, []
     for record in _records(found, truth, "segm" if masked else "bbox"):
-        kept = {key: record[key] for key in ("image_id", "category_id", "bbox", "score")}
+        kept: dict[str, Any] = {
+            "image_id": own_images[record["image_id"]],
+            "category_id": own_categories[record["category_id"]],
+            "bbox": record["bbox"],
+            "score": record["score"],
+        }
         if masked:
             mask = record["segmentation"]
             kept["segmentation"] = {"size": mask["size"], "counts": mask["counts"].decode("ascii")}
@@ -155,6 +174,7 @@ def load_predictions(
     """
     truth = read_truth(annotation_file, classes)
     rows: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in truth.sizes}
+    number_of = image_ids(truth)
     label_of = {category_id: label for label, category_id in enumerate(truth.categories)}
     records = read_json(path, "predictions")
     if not isinstance(records, list):
@@ -165,11 +185,13 @@ def load_predictions(
         except (KeyError, TypeError, IndexError):
             want = "image_id, category_id, score and a bbox of 4 numbers"
             raise ValueError(f"predictions {path}, row {number}: want {want}, got {str(record)[:100]}") from None
-        if image_id not in rows or category_id not in truth.all_categories:
+        category_id = plain_id(category_id)
+        known = all(isinstance(value, int | float | str) for value in (image_id, category_id))
+        if not known or image_id not in number_of or category_id not in truth.all_categories:
             ids = f"image {image_id}, category {category_id}"
             raise ValueError(f"predictions {path}, row {number}: {ids} is not in {truth.path}")
         if category_id in label_of:
-            rows[image_id].append(record)
+            rows[number_of[image_id]].append(record | {"category_id": category_id})
     return {image_id: _detections(part, label_of) for image_id, part in rows.items()}
 
 
@@ -242,32 +264,6 @@ def _encoded(item: Detections, image_id: int, truth: Truth) -> tuple[dict[str, A
             f"detections of image {image_id}: want masks of the size (height, width) px of the image, got {got}"
         )
     return encoded
-
-
-def _true_records(truth: Truth, iou_type: str) -> list[dict[str, Any]]:
-    """The annotations with what pycocotools needs.
-
-    They are numbered anew: pycocotools takes a match with annotation id 0 for none, and mixes up equal ids.
-    """
-    records = []
-    for number, annotation in enumerate(truth.annotations, start=1):
-        needed = ("image_id", "category_id", "bbox" if iou_type == "bbox" else "segmentation")
-        missing = [key for key in needed if not isinstance(annotation, dict) or annotation.get(key) in (None, [])]
-        if missing:
-            where = f"annotation {annotation.get('id', number) if isinstance(annotation, dict) else number}"
-            raise ValueError(f"annotations {truth.path}: {where} has no {', '.join(missing)}, which {iou_type} needs")
-        record = {**annotation, "id": number, "iscrowd": int(annotation.get("iscrowd", 0))}
-        if record.get("area") is None:
-            record["area"] = _area(record, truth) if iou_type == "segm" else record["bbox"][2] * record["bbox"][3]
-        records.append(record)
-    return records
-
-
-def _area(record: Mapping[str, Any], truth: Truth) -> float:
-    helper = COCO()
-    height, width = truth.sizes[record["image_id"]]
-    helper.imgs = {record["image_id"]: {"height": height, "width": width}}
-    return float(rle.area(helper.annToRLE(record)))
 
 
 def _of_class(precision: np.ndarray) -> dict[str, float]:

@@ -33,7 +33,7 @@ def validation_truth(config: Config, classes: Sequence[str], masks: bool = False
     """
     data = config.data
     if data.val is None:
-        raise ValueError("data.val: evaluation needs it, labels in COCO, VOC or YOLO format")
+        raise ValueError("data.val: eval needs it, labels in COCO, VOC or YOLO format")
     if (data.format or detect_format(data.val)) == "coco":
         return coco_file(data.val, "val")
     return load_annotations(

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from aligndet.data.annotations import Annotations
-from aligndet.engine.truth import Truth, by_image, check_detections, read_truth
+from aligndet.engine.truth import by_image, check_detections, read_truth, tell, true_records
 from aligndet.structures import Detections
 
 WAYS = ("11-point", "area")
@@ -54,7 +54,9 @@ def voc_metrics(
     found = by_image(detections, truth)
     for image_id, item in found.items():
         check_detections(item, image_id, len(truth.categories))
-    objects = _objects(truth)
+    true, left_out = true_records(truth, "bbox")
+    tell(truth, left_out, "VOC's metrics")
+    objects = _objects(true)
     precisions = {
         category: _class_precision(label, category, objects, found, way)
         for label, category in enumerate(truth.categories)
@@ -89,17 +91,13 @@ def _named(row: np.ndarray) -> dict[str, float]:
     return {"AP": float(row.mean()), "AP50": float(row[0]), "AP75": float(row[5])}
 
 
-def _objects(truth: Truth) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
+def _objects(true: Sequence[Mapping[str, Any]]) -> dict[tuple[int, int], tuple[np.ndarray, np.ndarray]]:
     """Boxes, float64 [m, 4] xyxy px, and bool [m], whether to be found; by category and image id."""
     rows: dict[tuple[int, int], list[tuple[Sequence[float], bool]]] = {}
-    for number, annotation in enumerate(truth.annotations):
-        try:
-            x, y, width, height = (float(value) for value in annotation["bbox"])
-            key = annotation["category_id"], annotation["image_id"]
-        except (KeyError, TypeError, ValueError):
-            raise ValueError(f"annotations {truth.path}: annotation {number} has no bbox of 4 numbers") from None
-        if key[1] in truth.sizes:
-            rows.setdefault(key, []).append(((x, y, x + width, y + height), not annotation.get("iscrowd", 0)))
+    for record in true:
+        x, y, width, height = record["bbox"]
+        key = record["category_id"], record["image_id"]
+        rows.setdefault(key, []).append(((x, y, x + width, y + height), not record["iscrowd"]))
     return {
         key: (np.array([box for box, _ in part]), np.array([counts for _, counts in part]))
         for key, part in rows.items()

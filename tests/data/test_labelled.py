@@ -102,7 +102,7 @@ def test_faulty_annotations_are_counted_and_named(tmp_path: Path) -> None:
         ({"images": [{"id": [1], "file_name": "a"}]}, r"images\[0\]\.id: want a whole number, got \[1\]"),
         ({"images": [{"id": 1, "file_name": 5}]}, r"images\[0\]\.file_name: want a file name, got 5"),
         ({"images": [{"id": 1, "file_name": "a", "height": -4, "width": 3}]}, r"images\[0\]\.height: want at least 0"),
-        ({"annotations": [annotation(1, "40", 3, [0, 0, 5, 5])]}, r"\[0\]\.image_id: want a whole number, got '40'"),
+        ({"annotations": [annotation(1, "4o", 3, [0, 0, 5, 5])]}, r"\[0\]\.image_id: want a whole number, got '4o'"),
         ({"categories": [{"id": 1, "name": "a"}, {"id": 2, "name": "a"}]}, "category name a occurs twice"),
         ({"categories": []}, "no categories"),
     ],

@@ -231,8 +231,11 @@ def test_bad_files_are_named(tmp_path: Path) -> None:
         path.write_text(content)
         with pytest.raises(ValueError, match=r"a\.json: (not readable as JSON|want images)"):
             coco_metrics(path, {})
-    path = written(tmp_path, {1: [(3, A)]}, bbox=None)
-    with pytest.raises(ValueError, match="annotation 0 has no bbox, which bbox needs"):
+    path = written(tmp_path, {1: [(3, A)]})
+    tree = json.loads(path.read_text())
+    del tree["annotations"][0]["bbox"]
+    path.write_text(json.dumps(tree))
+    with pytest.raises(ValueError, match=r"annotations\[0\] has no 'bbox'"):
         coco_metrics(path, {})
 
 

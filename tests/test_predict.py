@@ -140,6 +140,44 @@ def predicted(folder: Path, *given: Path) -> list[str]:
     return [image["file_name"] for image in images]
 
 
+def test_what_is_done_is_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted at the third of four images; a drawing that cannot be written and a torn last line lose nothing."""
+    (tmp_path / "in").mkdir()
+    for number in range(4):
+        cv2.imwrite(str(tmp_path / f"in/{number}.png"), np.full((61 + number, 97, 3), 50 * number, np.uint8))
+    (tmp_path / "out/drawn/1.png.png").mkdir(parents=True)
+    weights = str(model_file(tmp_path))
+    calls: list[int] = []
+
+    def counted(*given: object, **options: object) -> object:
+        calls.append(1)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return predict(*given, **options)  # type: ignore[arg-type]
+
+    def run(out: str) -> object:
+        command = ["predict", str(tmp_path / "in"), "--weights", weights, "--out", str(tmp_path / out)]
+        main([*command, "--short-side", "64", "--score-threshold", "0"])
+        return json.loads((tmp_path / out / "detections.json").read_text())
+
+    whole = run("whole")
+    monkeypatch.setattr("aligndet.engine.predictions.predict", counted)
+    with pytest.raises(SystemExit) as stopped:
+        run("out")
+    assert stopped.value.code == 130 and "not drawn" in capsys.readouterr().err
+    partial = tmp_path / "out/detections.json.partial"
+    with open(partial, "a") as file:
+        file.write('["2.png", {"size": [6')
+    assert run("out") == whole and len(calls) == 5, "two before, two after"
+    assert not partial.exists()
+    lines = (tmp_path / "out/detections.json.jsonl").read_text().splitlines()
+    assert [json.loads(line)["event"] for line in lines] == ["stop", "end"]
+    partial.write_text('{"other": "settings"}\n["0.png", null]\n')
+    assert run("out") == whole and len(calls) == 9
+
+
 def test_two_images_of_one_name_keep_apart(tmp_path: Path) -> None:
     """A/a.jpg is 61 px high, B/a.jpg 113: one drawing would have replaced the other."""
     for name, image in zip(("A/a.jpg", "B/a.jpg", "B/deep/b.jpg"), [*images(), images()[0]], strict=True):

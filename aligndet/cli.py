@@ -13,7 +13,7 @@ import torch
 from aligndet import convert, demo
 from aligndet.config import Config, load_config
 from aligndet.data import check, convert_proposals, propose, shards, split
-from aligndet.engine import cluster, distributed, predictions, replay
+from aligndet.engine import cluster, curves, distributed, predictions, replay
 from aligndet.engine.cocoeval import evaluator_note
 from aligndet.engine.failure import one_line_errors
 from aligndet.engine.finish import evaluate, finish, summary
@@ -31,6 +31,7 @@ TOOLS = {
     "convert-proposals": (convert_proposals, "Proposals of other programs in, and out for the reference code."),
     "cluster": (cluster, "Pseudo-classes for the boxes of a proposal file."),
     "predict": (predictions, "Detect objects in images."),
+    "plot": (curves, "Draw losses and average precision of runs over their steps."),
     "replay": (replay, "Repeat a training step that was not finite."),
     "convert": (convert, "Weights from and to other libraries."),
     "demo": (demo, "The whole method on generated scenes."),

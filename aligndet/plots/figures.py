@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +22,8 @@ COLOURS = (
     (230, 57, 70), (29, 120, 200), (255, 183, 3), (42, 157, 80), (155, 93, 229),
     (251, 133, 0), (0, 187, 200), (241, 91, 181), (140, 200, 40), (120, 85, 60),
 )  # fmt: skip
+# Of the runs in a figure; the first is pale, what others are compared to.
+LINES = ("#888888", "#d1495b", "#2a6f97", "#3a7d44", "#e9a23b", "#7b5aa6")
 
 
 def draw_boxes(
@@ -103,25 +106,33 @@ def views_figure(path: str | Path, view1: Batch, view2: Batch, count: int = 4) -
     _save(figure, path)
 
 
-def curves_figure(path: str | Path, runs: Mapping[str, Sequence[Mapping[str, Any]]], names: Sequence[str]) -> None:
+def curves_figure(
+    path: str | Path,
+    runs: Mapping[str, Sequence[Mapping[str, Any]]],
+    names: Sequence[str],
+    exact: Sequence[str] = (),
+) -> None:
     """Losses over steps, one panel per loss, one line per run: the logged values pale, their moving mean strong.
 
     Args:
         runs: title -> records of ``log.jsonl``.
         names: losses, keys of each record's "losses".
+        exact: more keys, of what is drawn as it is and is no loss.
     """
-    figure = _figure(4.2 * len(names), 3.4)
-    for number, name in enumerate(names):
-        axis = figure.add_subplot(1, len(names), number + 1)
-        for colour, (title, records) in zip(("#888888", "#d1495b", "#2a6f97", "#3a7d44"), runs.items(), strict=False):
+    panels = [*names, *exact]
+    figure = _figure(4.2 * len(panels), 3.4)
+    for number, name in enumerate(panels):
+        axis = figure.add_subplot(1, len(panels), number + 1)
+        for colour, (title, records) in zip(itertools.cycle(LINES), runs.items(), strict=False):
             points = [(r["step"], r["losses"][name]) for r in records if name in r.get("losses", {})]
             if points:
                 steps, values = np.array(points, dtype=float).T
-                axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1)
-                axis.plot(steps, _smooth(values), color=colour, linewidth=2, label=title)
+                axis.plot(steps, values, color=colour, alpha=0.25, linewidth=1, marker="." if name in exact else None)
+                strong = values if name in exact else _smooth(values)
+                axis.plot(steps, strong, color=colour, linewidth=2, label=title)
                 axis.legend(frameon=False, fontsize=9)
-        axis.set_xlabel("fine-tuning step")
-        axis.set_ylabel(f"{name} loss")
+        axis.set_xlabel("step")
+        axis.set_ylabel(name if name in exact else f"{name} loss")
         axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     _save(figure, path)

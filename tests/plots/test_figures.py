@@ -1,5 +1,6 @@
 """Claims about figures: lines lie where boxes are, files are pictures, empty input is ordinary."""
 
+import json
 from pathlib import Path
 
 import cv2
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from aligndet.cli import main
 from aligndet.plots import figures
 from aligndet.structures import Detections
 from tests.scenes import views_of
@@ -40,3 +42,58 @@ def test_each_figure_is_written_as_a_picture(tmp_path: Path) -> None:
         assert written is not None
         assert min(written.shape[:2]) > 200
         assert written.std() > 1
+
+
+def run_of(folder: Path, losses: list[dict[str, float]], precisions: dict[int, float]) -> str:
+    folder.mkdir()
+    records = [{"step": step, "losses": values} for step, values in enumerate(losses, start=1)]
+    records += [{"step": step, "metrics": {"AP": value}} for step, value in precisions.items()]
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (folder / "log.jsonl").write_text(text + '{"step": 9, "los')  # torn by a kill
+    return str(folder)
+
+
+def test_the_command_draws_every_loss_and_the_precision_of_runs(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    drawn: list[tuple[object, ...]] = []
+    draw = figures.curves_figure
+
+    def noted(*given: object) -> None:
+        drawn.append(given)
+        draw(*given)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(figures, "curves_figure", noted)
+    first = run_of(tmp_path / "one", [{"box": 2.0, "contrast": 7.0}, {"box": 1.0, "contrast": 6.0}], {})
+    second = run_of(tmp_path / "two", [{"box": 3.0, "score": 0.5}], {1: 0.25})
+    out = str(tmp_path / "c.png")
+    assert main(["plot", first, second, "--out", out]) == 0
+    _, runs, names, exact = drawn[0]
+    assert list(runs) == ["one", "two"] and (names, exact) == (["box", "contrast", "score"], ("AP",))
+    assert runs["two"][-1] == {"step": 1, "losses": {"AP": 25.0}}
+    assert cv2.imread(out).shape[1] > 4 * cv2.imread(out).shape[0] * 0.9, "four panels side by side"
+    assert "2 runs, box, contrast, score, AP" in capsys.readouterr().out
+    assert main(["plot", first, "--out", out, "--losses", "contrast"]) == 0
+    assert drawn[1][2:] == (["contrast"], ())
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        (["none"], "run none: no such file or folder"),
+        (["{}/empty"], "no log.jsonl in it"),
+        (["{}/quiet"], "want logged losses, got none"),
+        (["{}/one", "--losses", "bax"], "--losses: want some of box, got bax"),
+    ],
+)
+def test_the_command_names_what_is_missing(
+    given: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "empty").mkdir()
+    run_of(tmp_path / "quiet", [], {})
+    run_of(tmp_path / "one", [{"box": 1.0}], {})
+    with pytest.raises(SystemExit) as stopped:
+        main(["plot", *(text.format(tmp_path) for text in given), "--out", str(tmp_path / "c.png")])
+    assert stopped.value.code == 2 and says in capsys.readouterr().err

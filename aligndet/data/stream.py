@@ -7,6 +7,7 @@ import functools
 import multiprocessing
 import os
 import signal
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from operator import itemgetter
 from typing import Any
@@ -145,7 +146,8 @@ def _leave_no_workers() -> None:
     def kill(owner: int) -> None:
         if os.getpid() != owner:
             return
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for an accident
+        if sys.platform != "win32":
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would take it for an accident
         for child in multiprocessing.active_children():
             if child.daemon:
                 child.kill()

@@ -7,6 +7,7 @@ it, in a folder of its own under ``runs/low_data``: an interrupted benchmark con
 weight decay, are chosen for each way of pre-training on fold 0, which is not reported. Studies:
 
     main    the backbone alone against AlignDet: average precision, steps to the other's final precision, time
+    length  main with each row tuned at its own labels and steps; else all are tuned as the first
     task    Table 10 of the paper: contrast alone, boxes alone, both; several seeds of pre-training
     contrast what of the contrast's settings changes its worth beside the boxes; all fine-tuned as tuned for AlignDet
     peers   our defaults against the reference's mistakes (``method.reference_compatible``) and against SoCo
@@ -26,10 +27,11 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 from environment import environment
+from low_data_settings import RATES, SETS, STUDIES, WAYS, Setting
 
 from aligndet.engine.log import read_log
 
@@ -39,86 +41,6 @@ TUNING_FOLD = 0
 DECAYS = (1e-4, 5e-2)
 PARTS, LEAST = 4, 50  # validations of a run, the last at its end; steps between two of them at least
 PRECISION = "optim.amp=bf16"  # of every training: a third less time than float32 where the processor has it
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One row of the table."""
-
-    labelled: int
-    steps: int
-
-
-@dataclass(frozen=True)
-class Set:
-    """A data set: options of propose and of both trainings, and the rows that are measured; the first one is tuned."""
-
-    settings: tuple[Setting, ...]
-    propose: tuple[str, ...] = ()
-    pretrain: tuple[str, ...] = ()
-    finetune: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True)
-class Way:
-    """A way of pre-training; none where ``pretrain`` is None."""
-
-    pretrain: tuple[str, ...] | None = ()
-    finetune: tuple[str, ...] = ()
-
-
-LARGER = ("data.short_side=[224, 256]", "data.long_side=384")
-PERSONS = ("data.eval_short_side=256", "data.classes=[person]")
-SETS = {
-    "bccd": Set((Setting(20, 100), Setting(10, 100), Setting(20, 300)), propose=("--mode", "fast", "--size", "256")),
-    "coco_by_person": Set(
-        (Setting(94, 100), Setting(94, 300)),
-        ("--mode", "fast", "--size", "384"),
-        pretrain=LARGER,
-        finetune=LARGER + PERSONS,
-    ),
-    "coco_by_masks": Set(
-        (Setting(100, 100), Setting(50, 100), Setting(100, 300)),
-        ("--mode", "fast", "--size", "384"),
-        pretrain=LARGER,
-        finetune=LARGER + PERSONS,
-    ),
-}
-RATES = {
-    "detr": (2e-4, 5e-4, 1e-3),
-    "faster_rcnn": (1e-3, 2e-3, 4e-3),
-    "mask_rcnn": (1e-3, 2e-3, 4e-3),
-}
-# SoCo reads none of these; its backbone learns at the rate that it has in fine-tuning.
-SOCO = ("method.candidates=null", "method.scope=null", "method.classification=0", "optim.backbone_lr=0.1")
-WAYS = {
-    "backbone only": Way(None),
-    "AlignDet": Way(),
-    "contrast only": Way(("method.localization=0",)),
-    "boxes only": Way(("method.contrast=0",)),
-    "reference": Way(("method.reference_compatible=true",), ("method.reference_compatible=true",)),
-    "SoCo": Way(("method.name=soco", *SOCO)),
-}
-# One setting of the contrast each; the others as in the file of the detector.
-CONTRASTS = {
-    "weight 0.1": ("method.contrast=0.1",),
-    "weight 0.3": ("method.contrast=0.3",),
-    "temperature 0.1": ("method.temperature=0.1",),
-    "temperature 0.2": ("method.temperature=0.2",),
-    "half background": ("method.background=0.5",),
-    "positives of both views": ("method.positives=both",),
-    "256 candidates": ("method.candidates=256",),
-    "weight 0.1, temperature 0.2": ("method.contrast=0.1", "method.temperature=0.2"),
-    "900 steps": ("optim.steps=900",),
-    "900 steps, boxes only": ("optim.steps=900", "method.contrast=0"),
-}
-WAYS |= {name: Way(options) for name, options in CONTRASTS.items()}
-STUDIES = {
-    "main": ("backbone only", "AlignDet"),
-    "task": ("AlignDet", "contrast only", "boxes only"),
-    "contrast": ("AlignDet", "boxes only", *CONTRASTS),
-    "peers": ("AlignDet", "reference", "SoCo"),
-}
 
 
 class Bench:
@@ -180,9 +102,8 @@ class Bench:
         with ThreadPoolExecutor(self.jobs) as pool:
             return list(pool.map(lambda item: work(*item), items))
 
-    def tune(self, ways: Sequence[str]) -> dict[str, dict]:
+    def tune(self, ways: Sequence[str], setting: Setting) -> dict[str, dict]:
         """For each way the learning rate, then the weight decay, that does best on the fold that is not reported."""
-        setting = self.settings[0]
         rates = RATES.get(self.detector, (5e-4, 1e-3, 3e-3, 6e-3))
         self.parallel(self.pretrain, [(way, 0) for way in ways if WAYS[way].pretrain is not None])
         cells = [(way, setting, rate, DECAYS[0], TUNING_FOLD) for way in ways for rate in rates]
@@ -200,12 +121,12 @@ class Bench:
         return chosen
 
 
-def main_study(bench: Bench, folds: Sequence[int]) -> dict:
-    """Both sides in every setting."""
-    ways = STUDIES["main"]
-    tuned, rows = bench.tune(ways), []
+def main_study(bench: Bench, folds: Sequence[int], own_length: bool) -> dict:
+    """Both sides in every setting, each tuned there or, all of them, in the first."""
+    ways, rows = STUDIES["main"], []
+    tuned = {setting: bench.tune(ways, setting if own_length else bench.settings[0]) for setting in bench.settings}
     cells = [
-        (way, setting, tuned[way]["lr"], tuned[way]["weight_decay"], fold)
+        (way, setting, tuned[setting][way]["lr"], tuned[setting][way]["weight_decay"], fold)
         for setting in bench.settings
         for way in ways
         for fold in folds
@@ -213,15 +134,16 @@ def main_study(bench: Bench, folds: Sequence[int]) -> dict:
     found = dict(zip(cells, bench.parallel(bench.finetune, cells), strict=True))
     for setting in bench.settings:
         results = {way: [found[c] for c in cells if c[:2] == (way, setting)] for way in ways}
-        rows.append({"setting": asdict(setting), "results": results, "passes_at_step": passes(results, setting.steps)})
+        row = {"setting": asdict(setting), "tuned": tuned[setting], "results": results}
+        rows.append(row | {"passes_at_step": passes(results, setting.steps)})
     print(table(rows), flush=True)
-    return {"tuned": tuned, "rows": rows, "seconds": seconds(bench)}
+    return {"rows": rows, "seconds": seconds(bench)}
 
 
 def task_study(bench: Bench, folds: Sequence[int], seeds: Sequence[int]) -> dict:
     """Contrast, boxes, both, after several pre-trainings each; everything fine-tuned as tuned for it."""
     ways = STUDIES["task"]
-    tuned = bench.tune(ways)
+    tuned = bench.tune(ways, bench.settings[0])
     bench.parallel(bench.pretrain, [(way, seed) for way in ways for seed in seeds])
     cells = [
         (way, setting, tuned[way]["lr"], tuned[way]["weight_decay"], fold, seed)
@@ -241,7 +163,7 @@ def task_study(bench: Bench, folds: Sequence[int], seeds: Sequence[int]) -> dict
 
 def contrast_study(bench: Bench, folds: Sequence[int]) -> dict:
     """Settings of the contrast one by one, one seed of pre-training."""
-    chosen, rows = bench.tune(["AlignDet"])["AlignDet"], []
+    chosen, rows = bench.tune(["AlignDet"], bench.settings[0])["AlignDet"], []
     for setting in bench.settings:
         results = {}
         for way in STUDIES["contrast"]:  # one after the other, so that what is finished can be read in the log
@@ -257,7 +179,7 @@ def contrast_study(bench: Bench, folds: Sequence[int]) -> dict:
 def peers_study(bench: Bench, folds: Sequence[int]) -> dict:
     """Our defaults, the reference's mistakes, SoCo."""
     ways = STUDIES["peers"]
-    tuned = bench.tune(ways)
+    tuned = bench.tune(ways, bench.settings[0])
     cells = [
         (way, setting, tuned[way]["lr"], tuned[way]["weight_decay"], fold)
         for setting in bench.settings
@@ -366,7 +288,7 @@ def main() -> None:
         type=setting_of,
         nargs="+",
         metavar="LABELSxSTEPS",
-        help="rows, the first of which is tuned; default: those of the set",
+        help="rows, the first of which is tuned (study length: all); default: those of the set",
     )
     parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of pre-training, in study task")
@@ -381,8 +303,8 @@ def main() -> None:
     path = args.results / f"low_data_{args.detector}_{args.set}.json"
     record = json.loads(path.read_text()) if path.exists() else {"studies": {}}
     for study in args.study:
-        if study == "main":
-            found = main_study(bench, args.folds)
+        if study in ("main", "length"):
+            found = main_study(bench, args.folds, study == "length")
         elif study == "task":
             found = task_study(bench, args.folds, args.seeds)
         elif study == "contrast":

@@ -158,6 +158,12 @@ def test_an_exploding_distance_leaves_the_gradient_finite() -> None:
     assert all(p.grad is not None and p.grad.isfinite().all() for p in predictor.parameters())
 
 
+def test_boxes_of_fcos_start_32_px_wide() -> None:
+    """From 1 px on each side, which exp makes of a bias of zero, a hundred steps are spent on the size of boxes."""
+    maps = [torch.zeros(2, 64, size, size) for size in (4, 2, 1)]
+    assert all(torch.allclose(d, torch.tensor(16.0)) for d in BoxPredictor(64, 3)(maps))
+
+
 def test_points_are_cell_centres() -> None:
     points = points_of([(2, 3), (1, 2)], (8, 16), torch.device("cpu"))
     assert points.centres.tolist() == [[4, 4], [12, 4], [20, 4], [4, 12], [12, 12], [20, 12], [8, 8], [24, 8]]

@@ -29,6 +29,7 @@ from aligndet.structures import Candidates, Detections, Targets, class_of
 STEM, FINEST = 4, 8  # px, strides of the backbone's finest output and of P3
 LONGEST = 16.0  # distances end at its exp, nine million px: at infinity the gradient of the IoU is nan
 FIRST_RANGE = 64.0  # px, P3 regresses distances up to here; each level twice as far
+FIRST_DISTANCE = 16.0  # px, what every level says at first; with a bias of 0 short schedules climb from 1 px
 
 
 @dataclass(frozen=True)
@@ -54,6 +55,8 @@ class BoxPredictor(nn.Module):
     def __init__(self, channels: int, levels: int) -> None:
         super().__init__()
         self.convolution = convolution(channels, 4, 3)
+        assert self.convolution.bias is not None
+        nn.init.constant_(self.convolution.bias, math.log(FIRST_DISTANCE))
         self.scales = nn.Parameter(torch.ones(levels))
 
     def forward(self, levels: list[Tensor]) -> list[Tensor]:
@@ -89,7 +92,8 @@ class FCOS(Detector):
         conventions: key of ``conventions.DENSE``.
 
     Source:
-        Method section 1.2. Weights and initialisation as there; the level scales belong to the box predictor.
+        Method section 1.2. Weights and initialisation as there, but for ``FIRST_DISTANCE``; the level scales belong to
+        the box predictor.
         ``sampling`` 2.5.
     """
 

@@ -52,7 +52,7 @@ class Bench:
         self.runs = args.runs / args.set
         self.own = self.runs / args.detector
         self.backbone = f"model.backbone_weights={args.backbone}"
-        folder = args.data / args.set
+        folder = args.data / (self.set.folder or args.set)
         self.train = folder / "annotations/instances_train.json"
         self.val = folder / "annotations/instances_val.json"
         self.images = next(path for path in (folder / "train", folder / "JPEGImages") if path.is_dir())
@@ -297,6 +297,8 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/low_data")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
     args = parser.parse_args()
+    if args.set == "bccd_white" and args.detector != "detr":
+        parser.error(f"--set: bccd_white is for detr, got {args.detector}")
     if args.detector == "mask_rcnn" and args.set != "coco_by_masks":
         parser.error(f"--set: {args.set} has no masks for mask_rcnn; take coco_by_masks")
     bench = Bench(args)

@@ -105,13 +105,28 @@ def resize(image: Tensor, short_side: int, long_side: int) -> tuple[Tensor, Tens
 
 
 def resampled(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A uint8 [H, W, 3] image at ``size`` (height, width) px; itself where it has it."""
+    """A uint8 [H, W, 3] image at ``size`` (height, width) px; itself where it has it.
+
+    Halved by averaging 2 x 2 px while it is twice as large both ways or more, where bilinear would skip pixels and fine
+    texture would alias; then bilinear.
+    """
     if pixels.shape[:2] == size:
         return pixels
-    # Bilinear, but areas averaged from a half on, where bilinear skips pixels and fine texture would alias.
-    halved = pixels.shape[0] >= 2 * size[0] or pixels.shape[1] >= 2 * size[1]
-    way = cv2.INTER_AREA if halved else cv2.INTER_LINEAR
-    return cv2.resize(pixels, (size[1], size[0]), interpolation=way)
+    height, width = float(pixels.shape[0]), float(pixels.shape[1])
+    while height >= 2 * size[0] and width >= 2 * size[1]:
+        odd = pixels.shape[0] % 2, pixels.shape[1] % 2
+        if any(odd):
+            pixels = cv2.copyMakeBorder(pixels, 0, odd[0], 0, odd[1], cv2.BORDER_REPLICATE)
+        half = pixels.shape[1] // 2, pixels.shape[0] // 2
+        pixels = cv2.resize(pixels, half, interpolation=cv2.INTER_AREA)
+        height, width = height / 2, width / 2
+    if (height, width) != pixels.shape[:2]:  # half of the last pixel of an odd side lies beyond the image
+        y, x = height / size[0], width / size[1]
+        matrix = np.array([[x, 0, (x - 1) / 2], [0, y, (y - 1) / 2]])
+        ways = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+        return cv2.warpAffine(pixels, matrix, size[::-1], flags=ways, borderMode=cv2.BORDER_REPLICATE)
+    lopsided = height >= 2 * size[0] or width >= 2 * size[1]
+    return cv2.resize(pixels, size[::-1], interpolation=cv2.INTER_AREA if lopsided else cv2.INTER_LINEAR)
 
 
 def flip(image: Tensor, boxes: Tensor, width: int | None = None) -> tuple[Tensor, Tensor]:

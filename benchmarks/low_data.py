@@ -56,9 +56,13 @@ class Bench:
         self.train = folder / "annotations/instances_train.json"
         self.val = folder / "annotations/instances_val.json"
         self.images = next(path for path in (folder / "train", folder / "JPEGImages") if path.is_dir())
+        whose: tuple[object, ...] = ("--annotations", self.train)
+        if self.set.unlabelled:
+            self.images, whose = self.runs / "images", ()
+            link(self.images, [args.data / name for name in self.set.unlabelled])
         self.proposals = args.proposals or self.runs / "proposals.npz"
         if args.proposals is None:
-            words = ("--annotations", self.train, "--images", self.images, "--out", self.proposals, *self.set.propose)
+            words = (*whose, "--images", self.images, "--out", self.proposals, *self.set.propose)
             cell(self.runs / "propose", self.proposals, "-m", "aligndet", "propose", *words)
         if self.detector == "detr" and args.proposals is None:
             clustered = self.runs / "clustered.npz"
@@ -226,6 +230,14 @@ def seconds(bench: Bench) -> dict[str, float]:
     return stages | {f"finetune {longest} steps": statistics.median(runs)}
 
 
+def link(folder: Path, sources: Sequence[Path]) -> None:
+    """Links in ``folder`` to the images of all ``sources``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for image in (image for source in sources for image in source.iterdir()):
+        if not (folder / image.name).is_symlink():
+            (folder / image.name).symlink_to(image.resolve())
+
+
 def cell(folder: Path, result: Path, *words: object) -> None:
     """Run python with ``words`` unless ``result`` is there; output, command and times are noted in ``folder``.
 
@@ -299,8 +311,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.set == "bccd_white" and args.detector != "detr":
         parser.error(f"--set: bccd_white is for detr, got {args.detector}")
-    if args.detector == "mask_rcnn" and args.set != "coco_by_masks":
-        parser.error(f"--set: {args.set} has no masks for mask_rcnn; take coco_by_masks")
+    if args.detector == "mask_rcnn" and args.set not in ("coco_by_masks", "coco_people"):
+        parser.error(f"--set: {args.set} has no masks for mask_rcnn; take coco_by_masks or coco_people")
     bench = Bench(args)
     path = args.results / f"low_data_{args.detector}_{args.set}.json"
     record = json.loads(path.read_text()) if path.exists() else {"studies": {}}

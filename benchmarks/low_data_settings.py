@@ -17,7 +17,8 @@ class Setting:
 class Set:
     """A data set: options of propose and of both trainings, and the rows that are measured; the first one is tuned.
 
-    ``folder`` below that of all data, where it is not the name of the set.
+    ``folder`` below that of all data, where it is not the name of the set. ``unlabelled``: folders of images there, for
+    pre-training instead of the labelled ones.
     """
 
     settings: tuple[Setting, ...]
@@ -25,6 +26,7 @@ class Set:
     pretrain: tuple[str, ...] = ()
     finetune: tuple[str, ...] = ()
     folder: str | None = None
+    unlabelled: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,14 @@ SETS = {
         ("--mode", "fast", "--size", "384"),
         pretrain=LARGER,
         finetune=LARGER + PERSONS,
+    ),
+    "coco_people": Set(
+        (Setting(100, 100), Setting(100, 300)),
+        ("--mode", "fast", "--size", "384"),
+        pretrain=(*LARGER, "optim.steps=1200"),
+        finetune=LARGER + PERSONS,
+        folder="coco_by_masks",
+        unlabelled=("coco_by_masks/train", "coco_by_person/train"),
     ),
 }
 RATES = {

@@ -53,8 +53,8 @@ class Recipe:
     labelled: int = 60
     validation: int = 80
     image_domain: int = 400
-    pretrain: int = 800
-    finetune: int = 400
+    pretrain: int = 1600
+    finetune: int = 120
     seeds: tuple[int, ...] = (1, 2, 3)
 
 

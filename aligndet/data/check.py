@@ -23,7 +23,9 @@ from aligndet.data.formats import FORMATS, coco_file, detect_format, images_of, 
 from aligndet.data.labelled import wrong_size
 from aligndet.data.progress import Progress
 from aligndet.data.transforms import decode_image, read_file
+from aligndet.data.voc import has_lists
 from aligndet.data.workers import Outcome, available_cores, run_tasks
+from aligndet.data.yolo import unpaired
 
 MISSING, UNREADABLE, WRONG_SIZE = "file is missing", "file cannot be read", "size differs from the labels"
 PAGES = "file of several pages, of which the first is read"
@@ -299,8 +301,13 @@ def _note(annotations: Annotations, root: Path, seen: dict[int, Seen], report: R
     for name, count in report.classes.items():
         if not count["boxes"]:
             report.notes.setdefault("class without a box", []).append(name)
+    if report.format == "yolo":
+        without, lonely = unpaired([root / name for name in names])
+        report.notes |= {"image without a label file": [str(path) for path in without]} if without else {}
+        report.notes |= {"label file without an image": [str(path) for path in lonely]} if lonely else {}
+    whole = report.format == "voc" and Path(report.path).is_dir() and not has_lists(Path(report.path))
     with contextlib.suppress(ValueError, FileNotFoundError):
         listed = {name_below(root, name) for name in names}
         extra = [name for name in list_images(root) if name not in listed] if len(names) else []
-        if extra and report.format == "coco":
+        if extra and (report.format == "coco" or whole):
             report.notes["image that the labels do not list"] = extra

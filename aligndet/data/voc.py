@@ -74,7 +74,7 @@ def load_voc(
 
 def has_xml(folder: Path) -> bool:
     """Whether a folder is one that ``load_voc`` reads."""
-    return any(any(place.glob("*.xml")) for base in _bases(folder) for place in (base / "Annotations", base))
+    return any(_xml_files(place) for base in _bases(folder) for place in (base / "Annotations", base))
 
 
 def has_lists(folder: Path) -> bool:
@@ -87,7 +87,7 @@ def _names(path: Path, split: str | None) -> dict[Path, list[str]]:
     if path.is_dir():
         lists = _lists(path)
         if split is None or not any(folder.is_dir() for folder in lists):
-            return {base: sorted(file.stem for file in _xml_folder(base).glob("*.xml")) for base in _bases(path)}
+            return {base: list(_xml_files(_xml_folder(base))) for base in _bases(path)}
         files = [folder / f"{split}.txt" for folder in lists if (folder / f"{split}.txt").is_file()]
         there = sorted({file.stem for folder in lists for file in folder.glob("*.txt")})
         if not files:
@@ -119,6 +119,12 @@ def _xml_folder(base: Path) -> Path:
     return base / "Annotations" if (base / "Annotations").is_dir() else base
 
 
+def _xml_files(folder: Path) -> dict[str, Path]:
+    """Files by stem, in order; the ending in any case."""
+    names = sorted(os.listdir(folder)) if folder.is_dir() else []
+    return {Path(name).stem: folder / name for name in names if name.lower().endswith(".xml")}
+
+
 def _image_folder(base: Path) -> Path:
     return next((base / name for name in ("JPEGImages", "images") if (base / name).is_dir()), base)
 
@@ -129,9 +135,9 @@ def _read_base(base: Path, stems: Sequence[str], data: _Data) -> None:
     for name in sorted(os.listdir(folder)):
         if name.lower().endswith(SUFFIXES):
             by_stem.setdefault(Path(name).stem, []).append(name)
-    seen: set[str] = set()
+    files, seen = _xml_files(_xml_folder(base)), set[str]()
     for stem in stems:
-        file = _xml_folder(base) / f"{stem}.xml"
+        file = files.get(stem, _xml_folder(base) / f"{stem}.xml")
         if stem in seen:
             data.report.setdefault("listed twice", []).append(str(file))
             continue
@@ -192,7 +198,7 @@ def _categories(bases: Sequence[Path], data: _Data) -> dict[int, str]:
 def _other_names(bases: Sequence[Path]) -> Iterator[str]:
     """The classes of every xml file of the folders, so that the ids of all splits agree."""
     for base in bases:
-        for file in _xml_folder(base).glob("*.xml"):
+        for file in _xml_files(_xml_folder(base)).values():
             try:
                 tree = ElementTree.parse(file).getroot()
             except (ElementTree.ParseError, OSError, ValueError, LookupError):

@@ -160,7 +160,21 @@ def _label_file(image: Path) -> Path:
         if parts[place] == "images":
             parts[place] = "labels"
             break
-    return Path(*parts).with_suffix(".txt")
+    file = Path(*parts).with_suffix(".txt")
+    shouted = file.with_suffix(".TXT")
+    return shouted if not file.is_file() and shouted.is_file() else file
+
+
+def unpaired(images: Sequence[Path]) -> tuple[list[Path], list[Path]]:
+    """Images without a label file, and label files in the folders of theirs that no image there belongs to."""
+    files = {image: _label_file(image) for image in images}
+    folders = {file.parent: image.parent for image, file in files.items() if file.parent.is_dir()}
+    lonely = []
+    for folder, beside in sorted(folders.items()):
+        stems = {Path(name).stem for name in os.listdir(beside) if name.lower().endswith(SUFFIXES)}
+        texts = sorted(name for name in os.listdir(folder) if name.lower().endswith(".txt") and name != "classes.txt")
+        lonely += [folder / name for name in texts if Path(name).stem not in stems]
+    return [image for image, file in files.items() if not file.is_file()], lonely
 
 
 def _objects(texts: Sequence[str], sizes: Sequence[tuple[int, int]]) -> Iterator[LabelledObject]:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -381,3 +382,28 @@ def test_labels_of_coco_s_size_are_read_in_time(tmp_path: Path) -> None:
     assert time.process_time() - began < 20 / 12 * 3, "three times the share, for slow machines"
     assert len(found.boxes) == 72_000
     assert found.file_names[-1] == "000000009999.jpg"
+
+
+@pytest.mark.parametrize("kind", ["voc", "yolo"])
+def test_images_and_label_files_that_do_not_pair(tmp_path: Path, kind: str) -> None:
+    """Endings may be in capitals; an image without a label file and one of these without an image are named."""
+    path = same.WRITERS[kind](tmp_path)
+    shutil.rmtree(tmp_path / "ImageSets", ignore_errors=True)
+    labels, ending = (tmp_path / "Annotations", ".xml") if kind == "voc" else (tmp_path / "labels/train", ".txt")
+    images = tmp_path / ("JPEGImages" if kind == "voc" else "images/train")
+    named = sorted(file.stem for file in labels.glob(f"*{ending}"))
+    (labels / f"{named[0]}{ending}").rename(labels / f"{named[0]}{ending.upper()}")
+    before = load_annotations(tmp_path if kind == "voc" else path)
+    assert before.report == {} and named[0] in {Path(name).stem for name in before.file_names}
+    assert check(tmp_path if kind == "voc" else path, format=kind).notes.keys() <= {
+        "the same file twice",
+        "image without a label file",
+    }
+    cv2.imwrite(str(images / "extra.png"), np.full((64, 128, 3), 7, np.uint8))
+    if kind == "voc":
+        assert check(tmp_path, format=kind).notes["image that the labels do not list"] == ["extra.png"]
+        return
+    shutil.copy(labels / f"{named[1]}.txt", labels / "lonely.txt")
+    notes = check(path, format=kind).notes
+    assert str(images / "extra.png") in notes["image without a label file"]
+    assert notes["label file without an image"] == [str(labels / "lonely.txt")]

@@ -60,6 +60,13 @@ class Report:
         return "\n".join(lines)
 
 
+def why_refused(error: Exception) -> str:
+    """What ``torch.load`` says of a file in a line, without its advice to read the file by executing it."""
+    text = " ".join(str(error).split())
+    text = re.sub(r"In PyTorch 2\.6, .*? trusted source\. (Please file an issue .*? use case: )?", "", text)
+    return re.sub(r" Check the documentation of torch\.load .*", "", text)[:200]
+
+
 def read_weights(path: str | Path) -> dict[str, Any]:
     """The contents of a weights file, loaded without executing anything in it.
 
@@ -76,8 +83,8 @@ def read_weights(path: str | Path) -> dict[str, Any]:
             content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch.load raises a dozen kinds of errors for damaged and for refused files; each means the same here.
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"weights {path}: want a file of tensors, damaged or refused: {reason}") from None
+        message = f"weights {path}: want a file of tensors, damaged or refused: {why_refused(error)}"
+        raise ValueError(message) from None
     if not isinstance(content, dict):
         raise ValueError(f"weights {path}: want a mapping of names to tensors, got {type(content).__name__}")
     return content

@@ -17,6 +17,7 @@ import torch
 import torchvision
 
 from aligndet.version import __version__
+from aligndet.weights import why_refused
 
 
 def save(path: str | Path, state: dict[str, Any]) -> None:
@@ -78,8 +79,7 @@ def load(path: str | Path) -> dict[str, Any]:
         state = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:
         # torch.load raises a dozen kinds of errors for damaged and for refused files; each means the same here.
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"checkpoint {path}: damaged or refused: {reason}") from None
+        raise ValueError(f"checkpoint {path}: damaged or refused: {why_refused(error)}") from None
     if not isinstance(state, dict):
         raise ValueError(f"checkpoint {path}: want a mapping, got {type(state).__name__}")
     return state

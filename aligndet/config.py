@@ -315,6 +315,8 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(f"optim.milestones: want all below the length of {length}, got {list(optim.milestones)}")
     if optim.milestones and optim.schedule == "cosine":
         raise ValueError("optim.milestones: not read by schedule cosine; remove them or take schedule step")
+    if data.fold >= 2**32:  # seeds of numpy's legacy generator
+        raise ValueError(f"data.fold: want a number below 2**32, got {data.fold}")
     if config.timeout > 1e6:
         raise ValueError(f"timeout: want at most 1000000 s, got {config.timeout:g}")
     if (optim.base_batch is None) != (optim.lr_scaling == "none"):

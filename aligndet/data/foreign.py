@@ -210,7 +210,8 @@ def _read_soco(path: Path, folder: str) -> _Source:
     exact = set(known)
     names: list[str] = []
     for key in tree:
-        candidates = [key] if key in exact else by_basename.get(key, [])
+        plain = key if key in exact else key.replace("\\", "/")
+        candidates = [plain] if plain in exact else by_basename.get(plain, [])
         if len(candidates) != 1:
             which = f"could be {' or '.join(candidates[:2])}" if candidates else "is not there"
             raise ValueError(f"proposals {path}: image {key!r} {which} in {folder}")

@@ -147,17 +147,19 @@ def run(args: argparse.Namespace) -> int:
     shard = None if args.shard is None else parse_shard(args.shard)
     truth = None if args.evaluate is None else load_annotations(args.evaluate)
     others = [open_proposals(path) for path in args.beside]
-    names, root = _images(args.annotations, args.images)
-    propose(
-        names,
-        root,
-        args.out,
-        settings,
-        shard=shard,
-        workers=args.workers,
-        timeout=args.timeout,
-        overwrite=args.overwrite,
-    )
+    judged = _only_judged(args)
+    names, root = ((), Path()) if judged and not args.report else _images(args.annotations, args.images)
+    if not judged:
+        propose(
+            names,
+            root,
+            args.out,
+            settings,
+            shard=shard,
+            workers=args.workers,
+            timeout=args.timeout,
+            overwrite=args.overwrite,
+        )
     if args.report:
         print("report: {}, {}".format(*write_report(open_proposals(args.out), root)))
     if truth is not None:
@@ -251,6 +253,13 @@ def _size(text: str) -> int | None:
     return None if text == "none" else int(text)
 
 
+def _only_judged(args: argparse.Namespace) -> bool:
+    """Whether nothing is to be searched: FILE is there to be judged, and no images are named or no search made it."""
+    if args.overwrite or not (args.evaluate or args.report) or not Path(args.out).is_file():
+        return False
+    return (args.images is None and args.annotations is None) or "source" in open_proposals(args.out).parameters
+
+
 def _images(annotations: str | None, folder: str | None) -> tuple[Sequence[str], Path]:
     """File names and the folder that they are relative to."""
     if annotations is not None:
@@ -264,6 +273,11 @@ def _images(annotations: str | None, folder: str | None) -> tuple[Sequence[str],
 
 def _check_complete(out: Path, names: Sequence[str], parameters: dict[str, Any]) -> None:
     complete = open_proposals(out)
+    if "source" in complete.parameters:
+        raise ValueError(
+            f"{out}: exists, boxes of another program ({complete.parameters['source']}); take another --out, or "
+            "--overwrite to lose them; --evaluate and --report judge them as they are"
+        )
     changed = changes(complete.parameters, parameters)
     if changed:
         raise ValueError(f"{out}: exists, made with other settings ({changed}); take another --out or add --overwrite")

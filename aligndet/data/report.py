@@ -10,6 +10,7 @@ from typing import Any
 import cv2
 import numpy as np
 
+from aligndet.data.folder import place_of
 from aligndet.data.proposals import ProposalFile
 from aligndet.data.transforms import read_image
 
@@ -71,7 +72,7 @@ def contact_sheet(file: ProposalFile, root: Path) -> np.ndarray:
     From red for the smallest boxes over green to blue for the largest; the large ones are drawn first. The number on
     each image is that of all its boxes. A file without images gives one empty row.
     """
-    tiles = [_tile(read_image(root / file.names[row]), file.boxes_of(row)) for row in sheet_rows(file)]
+    tiles = [_tile(read_image(place_of(root, file.names[row])), file.boxes_of(row)) for row in sheet_rows(file)]
     lines = [tiles[first : first + COLUMNS] for first in range(0, len(tiles), COLUMNS)] or [[]]
     strips = []
     for line in lines:

@@ -11,7 +11,7 @@ from typing import Any
 
 from aligndet.data.coco import plain_id
 from aligndet.data.formats import coco_file, detect_format, has_parts, images_of, load_annotations
-from aligndet.data.splits import choose_labelled, share_of
+from aligndet.data.splits import LAST_FOLD, choose_labelled, share_of
 
 FOLDS, PERCENT = (1, 2, 3, 4, 5), (1.0, 5.0, 10.0, 20.0)
 
@@ -28,6 +28,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the folds and say of which part they are and how many images each has."""
+    for fold in args.folds:
+        if not 0 <= fold <= LAST_FOLD:
+            raise ValueError(f"--folds: want whole numbers 0 .. {LAST_FOLD}, got {fold}")
     kind = args.format or detect_format(args.annotations)
     parts = has_parts(args.annotations, kind)
     split = args.split or ("train" if parts else None)

@@ -16,6 +16,7 @@ from aligndet.data.augment import Size, Window, plain_window
 from aligndet.data.batch import Sample
 from aligndet.data.colours import COLOURS, draw_colour
 from aligndet.data.decode import open_picture, reduction_for
+from aligndet.data.folder import place_of
 from aligndet.data.proposals import ProposalFile
 from aligndet.data.retry import first_readable
 from aligndet.data.transforms import flip_boxes, read_image
@@ -117,7 +118,7 @@ class ViewPairs(Dataset[tuple[Sample, Sample]]):
     def _load(self, position: int, index: int) -> _Loaded:
         """An image, decoded once for both of its views; all is drawn before, so that it need be no larger than they."""
         row = int(self.rows[index])
-        picture = open_picture(self.root / self.proposals.names[row], self.fast_decode)
+        picture = open_picture(place_of(self.root, self.proposals.names[row]), self.fast_decode)
         _check_size(picture.path, self.proposals, row, picture.size)
         rng = np.random.default_rng((self.seed, position))
         ids = self._subset(row, len(self.proposals.boxes_of(row)), rng)
@@ -164,7 +165,7 @@ def read_proposed(root: Path, proposals: ProposalFile, row: int) -> np.ndarray:
     Raises:
         ValueError, FileNotFoundError: it cannot be read, or has another size than its boxes are for.
     """
-    path = root / proposals.names[row]
+    path = place_of(root, proposals.names[row])
     image = read_image(path)
     _check_size(path, proposals, row, (image.shape[0], image.shape[1]))
     return image

@@ -37,9 +37,9 @@ def load_voc(
     An xml file that cannot be read is left out with its image, and reported.
 
     Args:
-        path: a list of names in ``ImageSets/Main``, where "*" may stand for several years
-            (``VOCdevkit/VOC20*/ImageSets/Main/trainval.txt``); a folder with ``Annotations`` and ``JPEGImages``; a
-            folder of such folders; or one with xml files beside the images.
+        path: a list of names in ``ImageSets/Main``, where "*" may stand for several years or lists, all of whose names
+            count (``VOCdevkit/VOC20*/ImageSets/Main/trainval.txt``); a folder with ``Annotations`` and ``JPEGImages``;
+            a folder of such folders; or one with xml files beside the images.
         split: name of a list in ``ImageSets/Main``; read where ``path`` is a folder that has it.
 
     Raises:
@@ -98,10 +98,14 @@ def _names(path: Path, split: str | None) -> dict[Path, list[str]]:
         if not files or not all(file.is_file() for file in files):
             raise FileNotFoundError(f"annotations {path}: no such file")
     try:
-        lines = {file.absolute().parents[2]: file.read_text().splitlines() for file in files}
+        read = [(file.absolute().parents[2], file.read_text().splitlines()) for file in files]
     except UnicodeDecodeError as error:
         raise ValueError(f"annotations {path}: not a list of names: {error}") from None
-    return {base: [name.strip() for name in names if name.strip()] for base, names in lines.items()}
+    found: dict[Path, list[str]] = {}
+    for base, lines in read:  # a pattern may mean several lists of a folder, and train is part of trainval
+        earlier = set(found.setdefault(base, []))
+        found[base] += [name for name in map(str.strip, lines) if name and name not in earlier]
+    return found
 
 
 def _bases(folder: Path) -> list[Path]:

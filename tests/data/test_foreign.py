@@ -10,7 +10,9 @@ import pytest
 
 from aligndet import cli
 from aligndet.data.proposals import ProposalFile, open_proposals, write_proposals
-from aligndet.data.views import ViewPairs
+from aligndet.data.recall import evaluate_proposals
+from aligndet.data.report import contact_sheet
+from aligndet.data.views import ViewPairs, read_proposed
 
 HEIGHT, WIDTH = 64, 96
 # xywh as the files state them; areas 600, 1200, 50. The third reaches over the right border by 5 px.
@@ -294,6 +296,51 @@ def test_files_that_are_not_there_or_in_the_way(tmp_path: Path, capsys: pytest.C
     out.write_bytes(b"precious")
     assert "exists" in refused(capsys, *options, "--images", str(folder))
     assert out.read_bytes() == b"precious" and not list(tmp_path.glob("*.tmp"))
+
+
+def test_names_written_on_windows(tmp_path: Path) -> None:
+    r"""A label file with b\c.png: imported boxes are found at b/c.png by pre-training, the sheet and the evaluation."""
+    folder = images(tmp_path / "photos", "a.png", "b/c.png")
+    boxes = [{"bbox": box, "image_id": image} for box in XYWH[:2] for image in (7, 3)]
+    labels = coco(tmp_path / "labels.json", ["cat"], boxes)
+    slashes = imported(labels, "--from", "coco")
+    labels.write_text(labels.read_text().replace("b/c", "b\\\\c"))
+    assert json.loads(labels.read_text())["images"][1]["file_name"] == "b\\c.png"
+    file = imported(labels, "--from", "coco")
+    pairs = ViewPairs(folder, file, short_sides=(64,), long_side=999, flip_probability=0.0, colour=False)
+    assert [pairs[index, 0][0].boxes.tolist() for index in (0, 1)] == [XYXY[:2], XYXY[:2]]
+    assert read_proposed(folder, file, 1).shape == (HEIGHT, WIDTH, 3)
+    assert contact_sheet(file, folder).shape == contact_sheet(slashes, folder).shape
+    for proposals in (file, slashes):
+        result = evaluate_proposals(proposals, labels)
+        assert (result["images"], result["objects"], result["recall50"]) == (2, 4, 1.0)
+    soco = tmp_path / "soco.json"
+    soco.write_text(json.dumps({"a.png": XYWH[:1], "b\\c.png": XYWH[:2]}))
+    assert imported(soco, "--from", "soco", "--images", str(folder)).names == ("a.png", "b/c.png")
+
+
+def test_boxes_of_another_program_are_judged_as_they_are(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """propose evaluates and reports an imported file, and does not advise to overwrite it with a search."""
+    folder = images(tmp_path / "photos", "a.png", "b/c.png")
+    labels = coco(tmp_path / "labels.json", ["cat"], [{"bbox": box} for box in XYWH[:2]])
+    file = imported(labels, "--from", "coco")
+    before = file.path.read_bytes()
+    for options in (["--images", str(folder)], []):
+        capsys.readouterr()
+        assert cli.main(["propose", *options, "--out", str(file.path), "--evaluate", str(labels)]) == 0
+        row = capsys.readouterr().out.splitlines()[-1].split()
+        assert row[0] == "coco" and row[-5] == "100.0", row
+    assert cli.main(["propose", "--images", str(folder), "--out", str(file.path), "--report"]) == 0
+    assert file.path.with_name("imported.npz.report.png").is_file()
+    for options, words in (
+        (["--images", str(folder)], "boxes of another program (labels.json); take another --out"),
+        (["--report"], "want --images DIR"),
+        ([], "want --images DIR"),
+    ):
+        with pytest.raises(SystemExit) as stop:
+            cli.main(["propose", *options, "--out", str(file.path)])
+        assert stop.value.code == 2 and words in capsys.readouterr().err
+    assert file.path.read_bytes() == before
 
 
 def test_pre_training_reads_an_imported_file(tmp_path: Path) -> None:

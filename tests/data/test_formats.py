@@ -89,6 +89,15 @@ def test_voc_layouts(tmp_path: Path) -> None:
     assert {reason: len(lines) for reason, lines in both.report.items()} == {"xml file that cannot be read": 1}
     pattern = load_annotations(f"{tmp_path}/kit/VOC20*/ImageSets/Main/train.txt")
     assert pattern.boxes.tolist() == both.boxes.tolist()
+    lists = tmp_path / "kit/VOC2007/ImageSets/Main"
+    (lists / "other.txt").write_text("ü\nmore\nmore\n")  # in train, too; without an xml file
+    several = load_annotations(f"{lists}/*.txt")
+    assert sorted(several.file_names) == sorted(name.split("/")[-1] for name in both.file_names if "VOC2007" in name)
+    assert {reason: len(lines) for reason, lines in several.report.items()} == {
+        "xml file that cannot be read": 1,
+        "listed twice": 1,
+    }
+    (lists / "other.txt").unlink()
     with pytest.raises(FileNotFoundError, match=r"no split 'val' in ImageSets/Main; there are \['train'\]"):
         load_annotations(tmp_path / "kit", split="val")
     with pytest.raises(FileNotFoundError, match=r"val\.txt: no such file"):

@@ -86,6 +86,10 @@ def test_bad_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     same.write_images(tmp_path / "photos")
     for arguments, says in [
         ([str(path), "--percent", "5"], "--percent 5: want at least one image"),
+        ([str(path), "--percent", "nan"], "--percent: want a finite number, got nan"),
+        ([str(path), "--percent", "20", "inf"], "--percent: want a finite number, got inf"),
+        ([str(path), "--percent", "20", "--folds", "1", "-1"], "--folds: want whole numbers 0 .. 4294967295, got -1"),
+        ([str(path), "--percent", "20", "--folds", "4294967296"], "--folds: want whole numbers 0 .. 4294967295, got"),
         ([str(tmp_path / "photos")], "holds no labels to split"),
         ([str(tmp_path / "none.json")], "no such file"),
     ]:

@@ -25,7 +25,7 @@ from aligndet.data.progress import Progress
 from aligndet.data.transforms import decode_image, read_file
 from aligndet.data.voc import has_lists
 from aligndet.data.workers import Outcome, available_cores, run_tasks
-from aligndet.data.yolo import unpaired
+from aligndet.data.yolo import PART_MISSING, unpaired
 
 MISSING, UNREADABLE, WRONG_SIZE = "file is missing", "file cannot be read", "size differs from the labels"
 PAGES = "file of several pages, of which the first is read"
@@ -53,7 +53,8 @@ class Report:
         problems: reason -> lines; what training skips, or stops at with ``on_error`` "fail".
         notes: reason -> lines; what training takes as it is.
         seconds: that the check took.
-        usable: whether there is anything to train on; with ``on_error`` "fail": and no problem at all.
+        usable: whether there is anything to train on, also not where YOLO's part train is named and missing; with
+            ``on_error`` "fail": and no problem at all.
     """
 
     path: str
@@ -159,6 +160,7 @@ def check(
             tuple(int(function(sides[:, axis])) for function in (np.min, np.median, np.max)) for axis in (0, 1)
         )
     serves = report.readable > 0 and (report.boxes > 0 or format == "folder")
+    serves &= not any(line.startswith("part train: ") for line in report.problems.get(PART_MISSING, []))
     report.usable = serves and not (on_error == "fail" and report.problems)
     report.seconds = round(time.monotonic() - began, 2)
     return report

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ def run(args: argparse.Namespace) -> int:
         ValueError: matplotlib is missing, no run has a loss yet, or ``--losses`` names one that no run has.
     """
     figures.require()
-    logs = {folder: read_log(_log_of(Path(folder))) for folder in args.runs}
+    logs = {folder: _records(Path(folder)) for folder in args.runs}
     records = [record for log in logs.values() for record in log]
     known = dict.fromkeys(name for record in records for name in record.get("losses", {}))
     if not known:
@@ -38,6 +39,15 @@ def run(args: argparse.Namespace) -> int:
     figures.curves_figure(args.out, curves, args.losses or list(known), ("AP",) if measured else ())
     print(f"{args.out}: {len(logs)} runs, {', '.join(args.losses or known)}{', AP' if measured else ''}")
     return 0
+
+
+def _records(path: Path) -> list[dict[str, Any]]:
+    """The log of a run; behind it the metrics of its end, which are in ``metrics.json`` alone."""
+    records, result = read_log(_log_of(path)), path / "metrics.json"
+    if path.is_dir() and result.is_file():
+        last = max((record["step"] for record in records if "losses" in record), default=0)
+        records.append({"step": last, "metrics": json.loads(result.read_text())})
+    return records
 
 
 def _log_of(path: Path) -> Path:

@@ -122,6 +122,14 @@ def test_a_folder_without_images_is_such_a_part_too(tmp_path: Path) -> None:
     assert "part test: images" in report.problems[PART_MISSING][0] and "no file ends in" in str(report.problems)
 
 
+def test_without_the_part_train_there_is_nothing_to_train_on(tmp_path: Path) -> None:
+    path = roboflow(tmp_path)
+    shutil.rmtree(tmp_path / "train")
+    report = check(path, format="yolo")
+    assert not report.usable and (report.images, report.readable, report.boxes) == (1, 1, 1)
+    assert check(path, format="yolo", split="val").usable
+
+
 def test_no_part_at_all_is_not_usable(tmp_path: Path) -> None:
     path = roboflow(tmp_path)
     for part in ("train", "val"):

@@ -76,6 +76,9 @@ def test_the_command_draws_every_loss_and_the_precision_of_runs(
     assert "2 runs, box, contrast, score, AP" in capsys.readouterr().out
     assert main(["plot", first, "--out", out, "--losses", "contrast"]) == 0
     assert drawn[1][2:] == (["contrast"], ())
+    (tmp_path / "one/metrics.json").write_text('{"AP": 0.5}')  # of the end of the run
+    assert main(["plot", first, "--out", out]) == 0
+    assert drawn[2][1]["one"][-1] == {"step": 2, "losses": {"AP": 50.0}}  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

@@ -249,6 +249,8 @@ def cell(folder: Path, result: Path, *words: object) -> None:
     text = [str(word) for word in words]
     note = folder / "command.json"
     if result.exists():
+        if not note.exists():
+            raise SystemExit(f"{result}: by a run that was not seen to end; delete it, and the run writes it again")
         if json.loads(note.read_text())["words"] != text:
             raise SystemExit(f"{folder}: made by another command; delete it or take another --runs")
         return

@@ -56,16 +56,16 @@ SETS = {
         pretrain=LARGER,
         finetune=LARGER + PERSONS,
     ),
-    "coco_by_masks": Set(
+    "coco_by_masks": Set(  # fewer photographs and a quarter of the pre-training of coco_people
         (Setting(100, 100), Setting(50, 100), Setting(100, 300)),
         ("--mode", "fast", "--size", "384"),
-        pretrain=LARGER,
+        pretrain=(*LARGER, "optim.steps=300"),
         finetune=LARGER + PERSONS,
     ),
     "coco_people": Set(
         (Setting(100, 100), Setting(100, 300)),
         ("--mode", "fast", "--size", "384"),
-        pretrain=(*LARGER, "optim.steps=1200"),
+        pretrain=LARGER,
         finetune=LARGER + PERSONS,
         folder="coco_by_masks",
         unlabelled=("coco_by_masks/train", "coco_by_person/train"),

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torchvision.ops import box_iou
 
 from aligndet.assigners import PositivesFirst
 from aligndet.data.views import ViewPairs
@@ -140,6 +141,47 @@ def test_embeddings_and_labels_are_of_the_same_place(name: str, images: int) -> 
         assert torch.allclose(ratio, torch.tensor([0.5, 1.0, 2.0])[said[:, 4] // 3], rtol=1e-3)
     positive = found.matched >= 0
     assert int(positive.sum()) > 3 * images
+
+
+class Mean(nn.Module):
+    """A box head that returns the mean of each pooled channel."""
+
+    width = 64
+
+    def forward(self, pooled: Tensor) -> Tensor:
+        return pooled.mean(dim=(2, 3))
+
+
+@pytest.mark.parametrize("name", ["faster_rcnn", "mask_rcnn"])
+def test_embeddings_and_labels_of_regions_are_of_the_same_place(name: str) -> None:
+    """Boxes of three sizes in each of two images, so that regions come from three levels, not in their order."""
+    detector = small(name)
+    assert isinstance(detector, TwoStage)
+    detector.needs_masks = False
+    detector.neck = Given(located([(80, 80), (40, 40), (20, 20), (10, 10), (5, 5)], 2))  # type: ignore[assignment]
+    detector.head = Mean()  # type: ignore[assignment]
+    detector.predictors["embedding"] = nn.Identity()
+    detector.sample = PositivesFirst(EVERYTHING)
+    sides = torch.tensor([250.0, 30, 130, 40, 240, 120])
+    corner = torch.tensor([[30.0, 40], [200, 60], [100, 150], [60, 70], [50, 20], [150, 160]])
+    image = torch.tensor([0, 0, 0, 1, 1, 1])
+    targets = Targets(torch.cat([corner, corner + sides[:, None]], dim=1), image * 0, torch.arange(6), image)
+    found = detector.candidates([torch.zeros(2, 8, 80, 80)] * 4, torch.tensor([[320, 320]] * 2), targets)
+    assert isinstance(found, RegionCandidates) and found.embeddings is not None and found.matched is not None
+    assert torch.allclose(found.embeddings[:, 0] - 1, found.image.float(), atol=1e-4)
+    width, height = (found.boxes[:, 2:] - found.boxes[:, :2]).T
+    level = (4 + (width * height).sqrt().div(224).log2()).floor().clamp(2, 5) - 2  # of P2 .. P5
+    assert torch.allclose(found.embeddings[:, 1] - 1, level, atol=1e-4)
+    inside = ((found.boxes > 40) & (found.boxes < 280)).all(dim=1) & (width > 20) & (height > 20)
+    centre = (found.boxes[:, 0] + found.boxes[:, 2]) / 2
+    read = (found.embeddings[:, 3] + 0.5) * 4 * 2**level  # px, of the mean over the region
+    assert int(inside.sum()) >= 3 and (read - centre)[inside].abs().max() < 1
+    positive = found.matched >= 0
+    match = found.matched[positive]
+    assert torch.equal(targets.image[match], found.image[positive])
+    assert set(match.tolist()) == set(range(6)) and len(set(level[positive].tolist())) == 3
+    overlaps = box_iou(found.boxes[positive], targets.boxes)
+    assert overlaps.gather(1, match[:, None]).min() >= 0.5
 
 
 def test_the_reference_pairs_labels_with_the_wrong_anchors() -> None:

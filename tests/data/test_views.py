@@ -64,6 +64,26 @@ def test_a_painted_rectangle_coincides_with_its_box(tmp_path: Path, short_sides:
     assert flips == {True, False}, "both flipped and unflipped views were measured"
 
 
+def test_a_box_that_a_view_loses_takes_no_other_with_it(tmp_path: Path) -> None:
+    """Method 8.10: labels and ids of the boxes behind it stay theirs."""
+    assert cv2.imwrite(str(tmp_path / "a.png"), np.zeros((100, 100, 3), np.uint8))
+    boxes = np.array([[0, 0, 95, 90], [50, 10, 50.015, 60], [10, 20, 40, 60], [70, 70, 90, 95]], np.float32)
+    write_proposals(
+        tmp_path / "p.npz", ["a.png"], [(100, 100)], [boxes], {"clusters": 9}, labels=np.array([5, 6, 7, 8], np.int32)
+    )
+    found = open_proposals(tmp_path / "p.npz")
+    order = {side: number for number, side in enumerate(found.boxes_of(0)[:, 2].round().tolist())}
+    sides = set()
+    for position in range(20):  # at 50 px it is 0.0075 px wide and left out, at 200 px 0.03
+        pairs = ViewPairs(tmp_path, found, short_sides=(50, 200), long_side=400, flip_probability=0.0, colour=False)
+        for view in pairs[0, position]:
+            scale = view.image.shape[1] / 100
+            own = [order[round(float(box[2]) / scale)] for box in view.boxes]
+            assert view.ids.tolist() == own and view.labels.tolist() == found.labels_of(0)[own].tolist()
+            sides.add((view.image.shape[1], len(own)))
+    assert sides == {(50, 3), (200, 4)}
+
+
 def test_resized_sizes_by_hand() -> None:
     # 480 x 640 to a short side of 800: scale 5/3, 1066.67 -> 1067. 400 x 1000: the long side binds, 1333/1000.
     assert resized_size((480, 640), 800, 1333) == (800, 1067)

@@ -377,8 +377,9 @@ def _check_pretraining(config: Config) -> None:
             raise ValueError(f"method.mistakes: {mistake} is one of {own[mistake]}, {detector} has no such mistake")
     if ("first" in method.mistakes or config.data.proposal_order == "first") and not config.data.proposals_per_image:
         raise ValueError("data.proposal_order, method.mistakes: first has no effect without data.proposals_per_image")
-    if not method.contrast and {"start", "fallback"} & set(method.mistakes):
-        raise ValueError("method.mistakes: start and fallback have no effect while method.contrast is 0")
+    idle = {"start", "fallback"} & {*method.mistakes} or method.positives != "keys" or method.reduction != "boxes"
+    if idle and not method.contrast:
+        raise ValueError("method.positives, .reduction, mistakes start, fallback: no effect while method.contrast is 0")
     if method.positives == "both" and ("fallback" in method.mistakes or method.reference_compatible):
         raise ValueError("method.positives: the reference's fallback keys go with positives keys only")
     if method.name == "soco":

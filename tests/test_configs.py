@@ -13,8 +13,13 @@ from aligndet import cli
 from aligndet.config import load_config
 from aligndet.data.proposals import open_proposals, write_proposals
 from aligndet.data.synthetic import make_scenes
-from aligndet.engine.log import read_log
-from aligndet.models import DETECTORS
+from aligndet.engine.distributed import World
+from aligndet.engine.log import Log, read_log
+from aligndet.engine.stages import fine_tuning
+from aligndet.finetune import FineTune
+from aligndet.models import DETECTORS, build_detector
+from aligndet.pretrain import AlignDet
+from aligndet.weights import export_pretrained
 from tests.test_pipeline import ROOT
 
 # Files that are another one for longer: NAME is BASE with this length, these milestones and perhaps another warm-up.
@@ -111,6 +116,33 @@ def test_it_runs_two_steps(path: Path, scenes: Path, tmp_path: Path) -> None:
     assert content["kind"] in ("pretrained", "detector", "backbone")
     if task == "finetune":
         assert (tmp_path / "run/metrics.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("switch", "copied"),
+    [
+        ("method.modules=[neck]", {"neck"}),
+        ("method.keep_predictors=false", {"neck", "head"}),
+        ("method.reference_compatible=true", {"neck", "head"}),
+        ("method.keep_predictors=true", {"neck", "head", "predictors"}),
+    ],
+)
+def test_the_switches_of_hand_over_reach_it(switch: str, copied: set[str], scenes: Path, tmp_path: Path) -> None:
+    common = ["device=cpu", "threads=1", "data.workers=0", "model.width=0.25"]
+    model = build_detector("fcos", "mobilenet_v2", 1, width=0.25, channels=64, convolutions=2, levels=4)
+    torch.save(export_pretrained(AlignDet(model, embedding=8)), tmp_path / "p.pt")
+    labels = f"data.train={scenes / 'annotations/instances_train.json'}"
+    given = [*common, labels, "data.val=null", f"weights={tmp_path / 'p.pt'}", f"run={tmp_path}", switch]
+    config = load_config(ROOT / "configs/finetune/fcos_mobilenet_v2_lowdata.yaml", given)
+    world = World(0, 1, torch.device("cpu"))
+    stage = fine_tuning(config, Log(tmp_path, world), world)
+    assert isinstance(stage.model, FineTune)
+    found, before = dict(stage.model.detector.named_parameters()), dict(model.named_parameters())
+    for part in ("neck", "head", "predictors"):
+        names = [name for name in found if name.startswith(f"{part}.") and name in before and found[name].dim() == 4]
+        names = [name for name in names if name.startswith("predictors.box") or part != "predictors"]
+        same = [torch.equal(found[name], before[name]) for name in names]
+        assert same and set(same) == {part in copied}, (part, names)
 
 
 def test_pseudo_classes_are_asked_for(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

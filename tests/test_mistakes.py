@@ -1,11 +1,13 @@
-"""Every mistake of the reference (method section 8) has a test that would catch it, here or in the file named.
+"""Mistakes of the reference (method section 8) that a test would catch, here or in the file named.
 
 Here: 8.1 labels and features, 8.2 strides, 8.3 pad before flip (and tests/data/test_views.py), 8.4 class 256 as
 background, 8.5 momentum apart, 8.6 a regressor per proposal, 8.7 keys with gradient, 8.8 drop-path in a frozen
 backbone, 8.9 DETR's matching (its losses: tests/test_detr.py), 8.10 nothing to match, and boxes in one view only
 (and tests/test_contract.py), 8.11 counts over ranks and crowded images, 8.13 hand-over (and
-tests/test_weights.py), 8.19 dense projection, 8.20 two backbones, 8.21 losses of the momentum branch. 8.12 ignored
-arguments: tests/test_losses.py. 8.17 memory of the loss: benchmarks/contrastive.py.
+tests/test_weights.py), 8.19 dense projection, 8.20 two backbones, 8.21 losses of the momentum branch, 8.23 tensors
+stored twice. 8.12 ignored arguments: tests/test_losses.py. 8.15: tests/data/test_split.py. 8.16:
+tests/data/test_grouping.py. What costs time or memory alone has benchmarks instead: 8.17, 8.18
+benchmarks/contrastive.py, 8.22 benchmarks/step.py, 8.24 benchmarks/proposals.py.
 """
 
 from __future__ import annotations
@@ -277,6 +279,9 @@ def test_branches_agree_at_step_0_and_share_one_backbone(name: str) -> None:
     model = pretraining(name).eval()
     assert model.momentum is not None
     assert list(model.momentum.backbone.parameters()) == []
+    state = [value.data_ptr() for value in model.state_dict().values() if value.numel()]
+    tied_twice = sum(len(part.state_dict()) for part in model.online.tied_parts())
+    assert len(state) - len(set(state)) == tied_twice, "a checkpoint has every tensor once, but for shared queries"
     online = dict(model.online.named_parameters())
     tied = {id(value) for part in model.online.tied_parts() for value in part.parameters()}
     for key, value in model.momentum.named_parameters():

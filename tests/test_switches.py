@@ -4,18 +4,26 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import cast
 
 import pytest
 import torch
+from torch import nn
 
 from aligndet import config as settings
 from aligndet.assigners import PositivesFirst
 from aligndet.config import load_config
+from aligndet.data.views import ViewPairs
+from aligndet.engine import stages
+from aligndet.engine.distributed import World
 from aligndet.engine.ema import EMA
+from aligndet.engine.log import Log
 from aligndet.engine.stages import _aligndet
 from aligndet.models import build_detector
+from aligndet.models.detr import DETRCandidates
 from aligndet.pretrain import AlignDet, sampler_of
 from aligndet.structures import Batch
+from tests.data.test_views import painted
 from tests.scenes import views_of
 from tests.test_mistakes import EVERYTHING, chosen, everyone, pretraining, small
 
@@ -99,6 +107,48 @@ def test_the_reference_starts_its_branches_apart(tmp_path: Path) -> None:
     assert all(torch.equal(value, online[key]) for key, value in same.momentum.named_parameters())
 
 
+def test_the_switches_of_a_file_reach_method_and_data(tmp_path: Path) -> None:
+    proposals, _ = painted(tmp_path, [(40, 50)])
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        "task: pretrain\nrun: r\nmodel: {detector: fcos, backbone: resnet18, width: 0.25, channels: 32}\n"
+        f"data: {{images: {tmp_path}, proposals: {proposals.path}}}\noptim: {{steps: 1}}\n"
+    )
+    words = ["temperature=0.2", "candidates=77", "scope=image", "background=0.25", "positives=both", "symmetric=true"]
+    words += ["reduction=queries", "freeze_backbone=false", "contrast=0.5", "localization=3", "embedding=24"]
+    words += ["mistakes=[padding]"]
+    given = [*(f"method.{word}" for word in words), "data.proposal_order=first", "data.proposals_per_image=7"]
+    world = World(0, 1, torch.device("cpu"))
+    for options in (given, ["method.mistakes=[fallback]"]):
+        stage = stages.pretraining(load_config(path, options), Log(tmp_path, world), world)
+        model, data = stage.model, stage.dataset
+        assert isinstance(model, AlignDet) and isinstance(data, ViewPairs)
+        found = (model.temperature, model.online.sample, model.positives, model.symmetric, model.reduction)
+        own = (model.frozen, model.contrast, model.localization, model.own_keys)
+        width = cast(nn.Sequential, model.online.predictors["embedding"])[-1].out_channels
+        views = (data.order, data.pad_first, data.proposals_per_image)
+        if options is given:
+            assert found == (0.2, PositivesFirst(77, "image", 0.25), "both", True, "queries")
+            assert (own, width, views) == ((False, 0.5, 3.0, False), 24, ("first", True, 7))
+        else:
+            assert found == (0.5, model.online.sampling, "keys", False, "boxes")
+            assert (own, width, views) == ((True, 1.0, 1.0, True), 256, ("random", False, None))
+
+
+def test_queries_of_detr_are_on_boxes_of_their_own_image() -> None:
+    """In every decoder layer each box of an image is given to one query of that image."""
+    model = pretraining("detr", classes=2, classification=1.0).eval()
+    view, _ = views_of((6, 3, 1))
+    with torch.no_grad():
+        found = model.online.candidates(model.online.features(view.images, view.sizes), view.sizes, view.targets)
+    assert isinstance(found, DETRCandidates) and found.embeddings is not None
+    ids = found.box_ids(view.targets)
+    assert len(ids) == len(found.embeddings) == len(found.image)
+    assert torch.equal(ids[ids >= 0] >> 32, found.image[ids >= 0])
+    values, counts = ids[ids >= 0].unique(return_counts=True)
+    assert values.tolist() == view.targets.ids.tolist() and len(set(counts.tolist())) == 1 and counts[0] > 1
+
+
 def test_sampling_of_a_detector_changes_where_it_is_told_to() -> None:
     own = PositivesFirst(4096, "image", negatives=0.0)
     assert sampler_of(own, None, None, None) == own
@@ -130,6 +180,9 @@ def test_box_losses_of_detr_do_not_depend_on_the_sampling_of_the_contrast() -> N
         ("retinanet", ["method.mistakes=[strides]"], "method.mistakes: strides is one of fcos"),
         ("fcos", ["method.name=soco", "method.symmetric=true"], "method.symmetric: not read by method.name soco"),
         ("fcos", ["method.mistakes=[fallback]", "method.positives=both"], "method.positives"),
+        ("fcos", ["method.contrast=0", "method.positives=both"], "no effect while method.contrast is 0"),
+        ("fcos", ["method.contrast=0", "method.reduction=sum"], "no effect while method.contrast is 0"),
+        ("fcos", ["method.contrast=0", "method.mistakes=[start]"], "no effect while method.contrast is 0"),
         ("fcos", ["optim.backbone_lr=0.1"], "optim.backbone_lr: has no effect"),
     ],
 )

@@ -53,8 +53,8 @@ class Report:
         problems: reason -> lines; what training skips, or stops at with ``on_error`` "fail".
         notes: reason -> lines; what training takes as it is.
         seconds: that the check took.
-        usable: whether there is anything to train on, also not where YOLO's part train is named and missing; with
-            ``on_error`` "fail": and no problem at all.
+        usable: whether there is anything to train on, which there is not where YOLO names a part train that is missing;
+            with ``on_error`` "fail": and no problem at all.
     """
 
     path: str

@@ -37,6 +37,11 @@ def list_images(root: str | Path) -> list[str]:
     return sorted(found)
 
 
+def slashed(name: str) -> str:
+    """A file name with "/" where one written on Windows has a backslash."""
+    return name.replace("\\", "/")
+
+
 def name_below(root: str | Path, name: str) -> str:
     """A file name of labels as it is below ``root``: labels written on Windows may have a backslash for each "/".
 
@@ -44,7 +49,7 @@ def name_below(root: str | Path, name: str) -> str:
     """
     if "\\" not in name or (Path(root) / name).exists():
         return name
-    other = name.replace("\\", "/")
+    other = slashed(name)
     return other if (Path(root) / other).exists() else name
 
 
@@ -59,7 +64,7 @@ def check_name(name: str) -> None:
     Backslashes are read in both ways, as ``name_below`` does.
     """
     pure = PurePosixPath(name)
-    for read in (pure, PurePosixPath(name.replace("\\", "/"))):
+    for read in (pure, PurePosixPath(slashed(name))):
         if read.is_absolute() or ".." in read.parts:
             raise ValueError(f"{shown(name)} leaves the image folder")
     try:

@@ -15,7 +15,7 @@ import numpy as np
 
 from aligndet.data.annotations import Annotations, LabelledObject, Listing, assemble, check_once
 from aligndet.data.coco import plain_id, read_coco
-from aligndet.data.folder import list_images, place_of
+from aligndet.data.folder import list_images, place_of, slashed
 from aligndet.data.headers import image_size
 from aligndet.data.proposals import open_proposals
 from aligndet.data.selective_search import largest_first
@@ -210,7 +210,7 @@ def _read_soco(path: Path, folder: str) -> _Source:
     exact = set(known)
     names: list[str] = []
     for key in tree:
-        plain = key if key in exact else key.replace("\\", "/")
+        plain = key if key in exact else slashed(key)
         candidates = [plain] if plain in exact else by_basename.get(plain, [])
         if len(candidates) != 1:
             which = f"could be {' or '.join(candidates[:2])}" if candidates else "is not there"

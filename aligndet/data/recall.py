@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from aligndet.data.annotations import Annotations
+from aligndet.data.folder import slashed
 from aligndet.data.formats import load_annotations
 from aligndet.data.proposals import ProposalFile
 
@@ -39,8 +40,8 @@ def evaluate_proposals(file: ProposalFile, annotations: Annotations | str | Path
         ValueError: it is of no known format, or has no image in common with the proposals.
     """
     truth = annotations if isinstance(annotations, Annotations) else load_annotations(annotations)
-    row_of = {_plain(name): row for row, name in enumerate(file.names)}
-    names = enumerate(map(_plain, truth.file_names))
+    row_of = {slashed(name): row for row, name in enumerate(file.names)}
+    names = enumerate(map(slashed, truth.file_names))
     common = [(row_of[name], image) for image, name in names if name in row_of]
     if not common:
         raise ValueError(
@@ -75,11 +76,6 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
         cells.append([row["mode"], str(row["size"]), *(str(row[name]) for name in titles[2:5]), *percents])
     widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
     return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
-
-
-def _plain(name: str) -> str:
-    """A file name with "/" where one written on Windows has a backslash."""
-    return name.replace("\\", "/")
 
 
 def match_best_first(proposals: np.ndarray, objects: np.ndarray) -> np.ndarray:

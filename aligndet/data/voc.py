@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from aligndet.data.annotations import Annotations, LabelledObject, Listing, assemble
-from aligndet.data.folder import SUFFIXES, check_name
+from aligndet.data.folder import SUFFIXES, check_name, slashed
 from aligndet.data.headers import image_size
 
 UNREADABLE = "xml file that cannot be read"
@@ -155,7 +155,7 @@ def _read_base(base: Path, stems: Sequence[str], data: _Data) -> None:
             reason = error.strerror if isinstance(error, OSError) else error
             data.report.setdefault(UNREADABLE, []).append(f"{file} ({reason})")
             continue
-        stated = Path(tree.findtext("filename", "").strip().replace("\\", "/")).name
+        stated = Path(slashed(tree.findtext("filename", "").strip())).name
         known = by_stem.get(stem, by_stem.get(Path(stated).stem, [stated or f"{stem}.jpg"]))
         _add(tree, folder / (stated if stated in known else known[0]), data)
 

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from aligndet.losses import box_contrastive_loss, centerness_of, iou_loss, sigmoid_focal_loss
 from aligndet.structures import BACKGROUND, IGNORED
@@ -37,6 +38,51 @@ def test_contrastive_equals_the_double_loop_with_gradients(chunk: int | None) ->
         assert (ours - theirs).abs().max().item() < 1e-12 if query.numel() else True
         with_pairs += naive.item() > 0
     assert with_pairs > 20, "the cases are not all trivial"
+
+
+class Counting(TorchDispatchMode):
+    """Counts the operators that run, and notes the most elements that one of them returned."""
+
+    operators, largest = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        out = func(*args, **(kwargs or {}))
+        self.operators += 1
+        self.largest = max([self.largest, *(item.numel() for item in (out,) if isinstance(item, Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("labels", [2, 150])
+def test_contrastive_runs_as_many_operators_for_150_boxes_as_for_2(labels: int) -> None:
+    """Method section 8.18: the reference loops over boxes in Python."""
+    query, key = torch.randn(300, 16).requires_grad_(), torch.randn(400, 16)
+    with Counting() as counting:
+        box_contrastive_loss(query, torch.arange(300) % labels, key, torch.arange(400) % labels, temperature=0.5)
+    assert counting.operators < 150, "not one for each of 150 boxes"
+
+
+def test_contrastive_holds_similarities_and_no_copies_of_embeddings() -> None:
+    """Method section 8.17: the reference keeps some N M D floats for backward, this N (N + M), in chunks (N + M) D."""
+    n, m, width = 200, 300, 64
+    query, key = torch.randn(n, width).requires_grad_(), torch.randn(m, width)
+    ids = (torch.arange(n) % 50, torch.arange(m) % 50)
+    kept, largest = [], []
+    for chunk in (None, 10):
+        saved: dict[int, int] = {}
+
+        def pack(value: Tensor, saved: dict[int, int] = saved) -> Tensor:
+            saved[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+            return value
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda value: value), Counting() as counting:
+            loss = box_contrastive_loss(query, ids[0], key, ids[1], temperature=0.5, chunk=chunk)
+        loss.backward()
+        kept.append(sum(saved.values()))
+        largest.append(counting.largest)
+    assert largest == [n * (n + m), max(10 * (n + m), m * width + n * width)]
+    matrix, rows = 4 * n * (n + m), 4 * (n + m) * width
+    assert kept[0] < 2 * matrix + 4 * rows < 4 * n * m * width / 8
+    assert kept[1] < 4 * rows < kept[0]
 
 
 @pytest.mark.parametrize("positives", ["keys", "both"])

@@ -5,9 +5,10 @@ background, 8.5 momentum apart, 8.6 a regressor per proposal, 8.7 keys with grad
 backbone, 8.9 DETR's matching (its losses: tests/test_detr.py), 8.10 nothing to match, and boxes in one view only
 (and tests/test_contract.py), 8.11 counts over ranks and crowded images, 8.13 hand-over (and
 tests/test_weights.py), 8.19 dense projection, 8.20 two backbones, 8.21 losses of the momentum branch, 8.23 tensors
-stored twice. 8.12 ignored arguments: tests/test_losses.py. 8.15: tests/data/test_split.py. 8.16:
-tests/data/test_grouping.py. What costs time or memory alone has benchmarks instead: 8.17, 8.18
-benchmarks/contrastive.py, 8.22 benchmarks/step.py, 8.24 benchmarks/proposals.py.
+stored twice. 8.12 ignored arguments, 8.17 memory and 8.18 loop over boxes of the contrast: tests/test_losses.py.
+8.15: tests/data/test_split.py. 8.16: tests/data/test_grouping.py. 8.20 memory of the average: tests/engine/test_ema.py.
+What costs time alone has benchmarks: 8.18 benchmarks/contrastive.py, 8.22 benchmarks/step.py, 8.24
+benchmarks/proposals.py.
 """
 
 from __future__ import annotations

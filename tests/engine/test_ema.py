@@ -53,6 +53,17 @@ def test_works_on_trained_parameters_without_gradient() -> None:
         assert mine.grad is None
 
 
+def test_an_update_takes_no_memory() -> None:
+    """Method section 8.20: the reference makes a new tensor of each parameter in each step."""
+    source, target = modules()
+    ema = EMA(source, target)
+    places = [parameter.data_ptr() for parameter in target.parameters()]
+    with torch.profiler.profile(profile_memory=True) as profile:
+        ema.update(0.5)
+    assert max(event.self_cpu_memory_usage for event in profile.events()) == 0
+    assert [parameter.data_ptr() for parameter in target.parameters()] == places
+
+
 def test_a_shared_backbone_stays_out() -> None:
     source = nn.ModuleDict({"backbone": nn.Linear(3, 2).requires_grad_(False), "head": nn.Linear(2, 5)})
     target = copy.deepcopy(source, {id(source["backbone"]): nn.Identity()}).requires_grad_(False)

@@ -40,15 +40,10 @@ class Way:
 LARGER = ("data.short_side=[224, 256]", "data.long_side=384")
 PERSONS = ("data.eval_short_side=256", "data.classes=[person]")
 CELLS = ("--mode", "fast", "--size", "256")
-FEW_QUERIES = ("model.queries=10", "optim.clip=null")  # of DETR, for white cells: an image has one, seldom more
 SETS = {
     "bccd": Set((Setting(20, 100), Setting(10, 100), Setting(20, 300)), CELLS),
-    "bccd_white": Set(
-        (Setting(100, 500), Setting(100, 1000)),
-        CELLS,
-        pretrain=(*FEW_QUERIES, "data.proposals_per_image=8", "optim.lr=3e-4", "optim.steps=1000"),
-        finetune=(*FEW_QUERIES, "data.classes=[WBC]", "optim.batch=8"),
-        folder="bccd",
+    "bccd_white": Set(  # of DETR, whose files are for images with few objects: one white cell, seldom more
+        (Setting(100, 500), Setting(100, 1000)), CELLS, finetune=("data.classes=[WBC]",), folder="bccd"
     ),
     "coco_by_person": Set(
         (Setting(94, 100), Setting(94, 300)),

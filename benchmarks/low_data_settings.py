@@ -43,7 +43,10 @@ CELLS = ("--mode", "fast", "--size", "256")
 SETS = {
     "bccd": Set((Setting(20, 100), Setting(10, 100), Setting(20, 300)), CELLS),
     "bccd_white": Set(  # of DETR, whose files are for images with few objects: one white cell, seldom more
-        (Setting(100, 500), Setting(100, 1000)), CELLS, finetune=("data.classes=[WBC]",), folder="bccd"
+        (Setting(100, 500), Setting(50, 500), Setting(100, 1000)),
+        CELLS,
+        finetune=("data.classes=[WBC]",),
+        folder="bccd",
     ),
     "coco_by_person": Set(
         (Setting(94, 100), Setting(94, 300)),

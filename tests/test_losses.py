@@ -41,24 +41,26 @@ def test_contrastive_equals_the_double_loop_with_gradients(chunk: int | None) ->
 
 
 class Counting(TorchDispatchMode):
-    """Counts the operators that run, and notes the most elements that one of them returned."""
+    """Counts the operators that run, and notes the most elements of a tensor that one of them returned."""
 
     operators, largest = 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         out = func(*args, **(kwargs or {}))
         self.operators += 1
-        self.largest = max([self.largest, *(item.numel() for item in (out,) if isinstance(item, Tensor))])
+        if isinstance(out, Tensor):
+            self.largest = max(self.largest, out.numel())
         return out
 
 
-@pytest.mark.parametrize("labels", [2, 150])
-def test_contrastive_runs_as_many_operators_for_150_boxes_as_for_2(labels: int) -> None:
+def test_contrastive_runs_as_many_operators_for_150_boxes_as_for_2() -> None:
     """Method section 8.18: the reference loops over boxes in Python."""
-    query, key = torch.randn(300, 16).requires_grad_(), torch.randn(400, 16)
-    with Counting() as counting:
-        box_contrastive_loss(query, torch.arange(300) % labels, key, torch.arange(400) % labels, temperature=0.5)
-    assert counting.operators < 150, "not one for each of 150 boxes"
+    query, key, found = torch.randn(300, 16).requires_grad_(), torch.randn(400, 16), []
+    for boxes in (2, 150):
+        with Counting() as counting:
+            box_contrastive_loss(query, torch.arange(300) % boxes, key, torch.arange(400) % boxes, temperature=0.5)
+        found.append(counting.operators)
+    assert found[0] == found[1] < 150, "as many, and not one for each of 150 boxes"
 
 
 def test_contrastive_holds_similarities_and_no_copies_of_embeddings() -> None:
@@ -79,7 +81,7 @@ def test_contrastive_holds_similarities_and_no_copies_of_embeddings() -> None:
         loss.backward()
         kept.append(sum(saved.values()))
         largest.append(counting.largest)
-    assert largest == [n * (n + m), max(10 * (n + m), m * width + n * width)]
+    assert largest == [n * (n + m), (n + m) * width]
     matrix, rows = 4 * n * (n + m), 4 * (n + m) * width
     assert kept[0] < 2 * matrix + 4 * rows < 4 * n * m * width / 8
     assert kept[1] < 4 * rows < kept[0]

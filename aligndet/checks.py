@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from aligndet.config import Config, DataConfig
 
 LARGEST = 16384  # px
+# Of the authors' code, and the detectors that it makes them with (method sections 2.3, 8); None: with all.
+MISTAKES: dict[str, tuple[str, ...] | None] = {
+    "strides": ("fcos",),
+    "labels": ("retinanet",),
+    "padding": None,
+    "start": None,
+    "first": ("retinanet", "detr"),
+    "fallback": None,
+}
+READ_BY_SOCO = ("name", "embedding", "momentum", "momentum_schedule")
 READ_BY = {"crop_first": "detr", "crop_sides": "detr", "jitter_size": "jitter", "jitter_scale": "jitter"}
 
 
@@ -61,3 +72,37 @@ def check_validation(config: Config) -> None:
         raise ValueError("early_stop: has no effect without eval_every or eval_every_epochs")
     if config.ema is not None and config.ema >= 1:
         raise ValueError(f"ema: want a decay below 1, got {config.ema}")
+
+
+def mistakes_of(config: Config) -> tuple[str, ...]:
+    """The mistakes of the authors' code that a pre-training makes: those that are named, or all of its detector."""
+    if not config.method.reference_compatible:
+        return config.method.mistakes
+    return tuple(name for name, whose in MISTAKES.items() if whose is None or config.model.detector in whose)
+
+
+def check_pretraining(config: Config) -> None:
+    """Refuse settings that would do nothing: an ablation that changes nothing measures nothing."""
+    method, detector = config.method, config.model.detector
+    for mistake in method.mistakes:
+        whose = MISTAKES[mistake]
+        if whose is not None and detector not in whose:
+            names = ", ".join(whose)
+            raise ValueError(f"method.mistakes: {mistake} is one of {names}, {detector} has no such mistake")
+    if ("first" in method.mistakes or config.data.proposal_order == "first") and not config.data.proposals_per_image:
+        raise ValueError("data.proposal_order, method.mistakes: first has no effect without data.proposals_per_image")
+    mistakes = mistakes_of(config)
+    if "strides" in mistakes and config.model.conventions == "torchvision":
+        raise ValueError("method.mistakes: strides has no effect with model.conventions torchvision")
+    idle = {"start", "fallback"} & {*method.mistakes} or method.positives != "keys" or method.reduction != "boxes"
+    if idle and not method.contrast:
+        raise ValueError("method.positives, .reduction, mistakes start, fallback: no effect while method.contrast is 0")
+    if method.positives == "both" and "fallback" in mistakes:
+        raise ValueError("method.positives: the reference's fallback keys go with positives keys only")
+    if method.name == "soco":
+        plain = type(method)()
+        for name in (item.name for item in dataclasses.fields(method)):
+            if name not in READ_BY_SOCO and getattr(method, name) != getattr(plain, name):
+                raise ValueError(f"method.{name}: not read by method.name soco; remove it")
+    elif method.freeze_backbone and config.optim.backbone_lr != 1:
+        raise ValueError("optim.backbone_lr: has no effect while method.freeze_backbone is true")

@@ -14,14 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aligndet.checks import check_augmentation, check_project, check_validation
+from aligndet.checks import MISTAKES, check_augmentation, check_pretraining, check_project, check_validation
 from aligndet.typed import checked, read_yaml, shown
 
 TASKS = ("pretrain", "finetune", "image_domain")
 PRETRAIN, FINETUNE, IMAGE_DOMAIN = TASKS
 BOXES = (PRETRAIN, FINETUNE)
 MODULES = ("backbone", "neck", "rpn", "head")  # parts of a detector that weights are handed over for
-MISTAKES = ("strides", "labels", "padding", "start", "first", "fallback")  # of the authors' code
 
 
 def knob(
@@ -119,7 +118,7 @@ class MethodConfig:
     reduction: str = knob("boxes", choices=("boxes", "queries", "sum"), tasks=(PRETRAIN,))  # of the contrast (row 2)
     momentum_schedule: str = knob("cosine", choices=("cosine", "constant"), tasks=(PRETRAIN,))  # row 11
     freeze_backbone: bool = knob(True, tasks=(PRETRAIN,))  # Table 11; soco always trains it
-    mistakes: tuple[str, ...] = knob((), choices=MISTAKES, tasks=(PRETRAIN,))  # see aligndet/reference.py
+    mistakes: tuple[str, ...] = knob((), choices=tuple(MISTAKES), tasks=(PRETRAIN,))  # see aligndet/reference.py
     reference_compatible: bool = knob(False, tasks=BOXES)  # all of them, and keep_predictors false
     projection: int = knob(2048, above=0, tasks=(IMAGE_DOMAIN,))  # SimSiam: outputs of the projector
     bottleneck: int = knob(512, above=0, tasks=(IMAGE_DOMAIN,))  # SimSiam: hidden width of the predictor
@@ -349,14 +348,14 @@ def _check_task_combinations(config: Config) -> None:
     if config.task == IMAGE_DOMAIN and config.model.norm == "frozen" and not config.model.backbone.startswith("swin"):
         raise ValueError("model.norm: a backbone trained from random weights needs norms that learn: batch or sync")
     if config.task == PRETRAIN:
-        _check_pretraining(config)
+        check_pretraining(config)
         if method.contrast + method.localization + method.classification == 0:
             raise ValueError("method.contrast, .localization, .classification: want one of them above 0")
         if not 0 <= method.momentum <= 1 or not 0 <= (method.background or 0.0) <= 1:
             raise ValueError("method.momentum, method.background: want numbers in 0 .. 1")
     if config.task == IMAGE_DOMAIN and (len(data.crop_scale) != 2 or not data.crop_scale[0] <= data.crop_scale[1] <= 1):
         raise ValueError(f"data.crop_scale: want two ascending shares in 0 .. 1, got {list(data.crop_scale)}")
-    if config.task == FINETUNE and config.weights and config.model.backbone_weights:
+    if config.task == FINETUNE and config.weights and config.model.backbone_weights and "backbone" in method.modules:
         raise ValueError("weights, model.backbone_weights: want one of the two; weights contain a backbone already")
     if config.task == FINETUNE:
         check_validation(config)
@@ -366,30 +365,6 @@ def _check_task_combinations(config: Config) -> None:
         raise ValueError("method.modules, method.reference_compatible: have no effect without weights")
     if config.task == FINETUNE and not method.modules:
         raise ValueError(f"method.modules: want some of {', '.join(MODULES)}, got none")
-
-
-def _check_pretraining(config: Config) -> None:
-    """Refuse settings that would do nothing: an ablation that changes nothing measures nothing."""
-    method, detector = config.method, config.model.detector
-    own = {"strides": "fcos", "labels": "retinanet"}
-    for mistake in method.mistakes:
-        if own.get(mistake, detector) != detector:
-            raise ValueError(f"method.mistakes: {mistake} is one of {own[mistake]}, {detector} has no such mistake")
-    if ("first" in method.mistakes or config.data.proposal_order == "first") and not config.data.proposals_per_image:
-        raise ValueError("data.proposal_order, method.mistakes: first has no effect without data.proposals_per_image")
-    idle = {"start", "fallback"} & {*method.mistakes} or method.positives != "keys" or method.reduction != "boxes"
-    if idle and not method.contrast:
-        raise ValueError("method.positives, .reduction, mistakes start, fallback: no effect while method.contrast is 0")
-    if method.positives == "both" and ("fallback" in method.mistakes or method.reference_compatible):
-        raise ValueError("method.positives: the reference's fallback keys go with positives keys only")
-    if method.name == "soco":
-        plain = MethodConfig()
-        read = ("name", "embedding", "momentum", "momentum_schedule")
-        for item in dataclasses.fields(MethodConfig):
-            if item.name not in read and getattr(method, item.name) != getattr(plain, item.name):
-                raise ValueError(f"method.{item.name}: not read by method.name soco; remove it")
-    elif method.freeze_backbone and config.optim.backbone_lr != 1:
-        raise ValueError("optim.backbone_lr: has no effect while method.freeze_backbone is true")
 
 
 def _plain(value: Any, task: str) -> Any:

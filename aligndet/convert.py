@@ -1,4 +1,4 @@
-"""``aligndet convert``: files of weights from and to other libraries."""
+"""``aligndet convert``: files of weights from and to other libraries, and what has to be set there."""
 
 from __future__ import annotations
 
@@ -29,6 +29,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--num-classes", type=int, metavar="K", help="of the box layers made from a pre-trained file (default 80)"
     )
+    parser.add_argument(
+        "--mmdet-version",
+        type=int,
+        choices=(2, 3),
+        default=3,
+        help="whose names of DETR's layers mmdet gets (default 3)",
+    )
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line; default: class_0, class_1, ...")
     parser.add_argument("input", metavar="IN", help="file of weights")
     parser.add_argument("output", metavar="OUT", help="file to write")
@@ -44,7 +51,7 @@ def run(args: argparse.Namespace) -> int:
             raise ValueError(f"--num-classes: {args.input} is a trained detector and has its classes already")
         else:
             detector, _ = load_detector(args.input)
-        content = _content(args.target, detector, args.input)
+        content = _content(args, detector)
     elif args.name is None:
         raise ValueError(f"--name: want what {args.source} calls the model, its builder or config")
     else:
@@ -55,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
             build = peer.build_arguments(args.name, state)
             content = export_detector(detector, _class_names(args.classes, build["num_classes"]), build)
         else:
-            content = _content(args.target, detector, args.input)
+            content = _content(args, detector)
     output = Path(args.output)
     output.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, output)
@@ -65,19 +72,24 @@ def run(args: argparse.Namespace) -> int:
     lacking = [name for name, value in state.items() if bool(value.isnan().any())]
     if lacking:
         print(f"without {', '.join(lacking)}, which pre-training does not teach; load it with strict=False")
+    for line in [] if args.target == OURS else PEERS[args.target].settings(detector):
+        print(f"{args.target}: {line}")
     return 0
 
 
-def _content(target: str, detector: Detector, source: str) -> dict[str, Any]:
-    if target == OURS:
-        raise ValueError(f"{source}: is aligndet's already; want another library for --to")
+def _content(args: argparse.Namespace, detector: Detector) -> dict[str, Any]:
+    if args.target == OURS:
+        raise ValueError(f"{args.input}: is aligndet's already; want another library for --to")
     try:
-        state = PEERS[target].to_state_dict(detector)
+        if args.target == "mmdet":
+            state = mmdet.to_state_dict(detector, args.mmdet_version)
+        else:
+            state = PEERS[args.target].to_state_dict(detector)
     except ValueError as error:
-        raise ValueError(f"{source}: {error}") from None
+        raise ValueError(f"{args.input}: {error}") from None
     # What a pre-training file says nothing about is NaN: scores, and masks. The model there keeps its own.
     state = {name: value for name, value in state.items() if not bool(value.isnan().any())}
-    wrapper = WRAPPERS[target]
+    wrapper = WRAPPERS[args.target]
     return dict(state) if wrapper is None else {wrapper: state}
 
 

@@ -252,12 +252,12 @@ def _unwrapped(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _repeats(value: Tensor, own: Tensor | None) -> int:
-    """How many copies of ``value``, four outputs of a box each, have the shape of ``own``; 0: no number of them."""
+    """How many copies of ``value``, a layer of one box for any class, have the shape of ``own``; 0: no number."""
     if own is None or value.ndim == 0 or own.shape[1:] != value.shape[1:]:
         return 0
-    if value.shape[0] % 4 or own.shape[0] % value.shape[0]:
+    if value.shape[0] != 4 or own.shape[0] % 4:
         return 0
-    return int(own.shape[0] // value.shape[0])
+    return int(own.shape[0] // 4)
 
 
 def _module_of(name: str) -> str:

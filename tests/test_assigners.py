@@ -10,6 +10,7 @@ from aligndet.assigners import center as center_module
 from aligndet.assigners import iou as iou_module
 from aligndet.structures import BACKGROUND, IGNORED, Targets, no_targets
 from tests import reference
+from tests.counting import Counting
 
 
 def targets_of(boxes: list[torch.Tensor]) -> Targets:
@@ -179,3 +180,20 @@ def test_negatives_per_positive_are_bounded() -> None:
     assert len(PositivesFirst(40, "image", negatives=0.0)(matched, image)) == 2
     assert len(PositivesFirst(40, "image", negatives=3.0)(matched, image)) == 8
     assert len(PositivesFirst(40, "image")(matched, image)) == 40
+
+
+@pytest.mark.parametrize("kind", ["center", "iou"])
+def test_assignment_runs_as_many_operators_for_150_boxes_as_for_2(kind: str) -> None:
+    """Method section 8.22: the reference loops over boxes in Python."""
+    generator = torch.Generator().manual_seed(0)
+    points = torch.rand(500, 2, generator=generator) * 40
+    found = []
+    for number in (2, 150):
+        targets = targets_of([random_boxes(number, generator)])
+        with Counting() as counting:
+            if kind == "center":
+                assign_center(points, torch.tensor([[-1.0, 64.0]]).repeat(500, 1), targets, 1)
+            else:
+                IoUAssigner(0.5, 0.4)([torch.cat([points, points + 9], dim=1)], targets)
+        found.append(counting.operators)
+    assert found[0] == found[1] < 150

@@ -18,6 +18,7 @@ from aligndet.engine.log import Log, read_log
 from aligndet.engine.stages import fine_tuning
 from aligndet.finetune import FineTune
 from aligndet.models import DETECTORS, build_detector
+from aligndet.models.backbones import build_backbone
 from aligndet.pretrain import AlignDet
 from aligndet.weights import export_pretrained
 from tests.test_pipeline import ROOT
@@ -145,6 +146,31 @@ def test_the_switches_of_hand_over_reach_it(switch: str, copied: set[str], scene
         names = [name for name in names if name.startswith("predictors.box") or part != "predictors"]
         same = [torch.equal(found[name], before[name]) for name in names]
         assert same and set(same) == {part in copied}, (part, names)
+
+
+def test_parts_stand_on_a_backbone_of_their_own_where_the_file_s_is_not_taken(scenes: Path, tmp_path: Path) -> None:
+    """Table 9 without its first row: the neck from pre-training, the backbone from ImageNet."""
+    small = {"backbone": "mobilenet_v2", "width": 0.25}
+    model = build_detector("fcos", num_classes=1, **small, channels=64, convolutions=2, levels=4)  # type: ignore[arg-type]
+    torch.save(export_pretrained(AlignDet(model, embedding=8)), tmp_path / "p.pt")
+    other = build_backbone("mobilenet_v2", width=0.25)
+    torch.save(other.state_dict(), tmp_path / "b.pt")
+    common = ["device=cpu", "threads=1", "data.workers=0", "model.width=0.25", "data.val=null", f"run={tmp_path}"]
+    common += [f"data.train={scenes / 'annotations/instances_train.json'}", f"weights={tmp_path / 'p.pt'}"]
+    path, backbone = (
+        ROOT / "configs/finetune/fcos_mobilenet_v2_lowdata.yaml",
+        f"model.backbone_weights={tmp_path / 'b.pt'}",
+    )
+    with pytest.raises(ValueError, match="weights contain a backbone already"):
+        load_config(path, [*common, backbone])
+    world = World(0, 1, torch.device("cpu"))
+    stage = fine_tuning(load_config(path, [*common, backbone, "method.modules=[neck]"]), Log(tmp_path, world), world)
+    assert isinstance(stage.model, FineTune)
+    found = stage.model.detector.state_dict()
+    assert all(torch.equal(found[f"backbone.{key}"], value) for key, value in other.state_dict().items())
+    learned = model.state_dict()
+    assert torch.equal(found["neck.output.0.weight"], learned["neck.output.0.weight"])
+    assert not torch.equal(found["head.box.0.weight"], learned["head.box.0.weight"])
 
 
 def test_pseudo_classes_are_asked_for(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

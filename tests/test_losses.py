@@ -6,11 +6,11 @@ import pytest
 import torch
 import torchvision
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from aligndet.losses import box_contrastive_loss, centerness_of, iou_loss, sigmoid_focal_loss
 from aligndet.structures import BACKGROUND, IGNORED
 from tests import reference
+from tests.counting import Counting
 
 
 def random_case(seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -38,19 +38,6 @@ def test_contrastive_equals_the_double_loop_with_gradients(chunk: int | None) ->
         assert (ours - theirs).abs().max().item() < 1e-12 if query.numel() else True
         with_pairs += naive.item() > 0
     assert with_pairs > 20, "the cases are not all trivial"
-
-
-class Counting(TorchDispatchMode):
-    """Counts the operators that run, and notes the most elements of a tensor that one of them returned."""
-
-    operators, largest = 0, 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        out = func(*args, **(kwargs or {}))
-        self.operators += 1
-        if isinstance(out, Tensor):
-            self.largest = max(self.largest, out.numel())
-        return out
 
 
 def test_contrastive_runs_as_many_operators_for_150_boxes_as_for_2() -> None:

@@ -21,7 +21,10 @@ from aligndet.engine.log import Log
 from aligndet.engine.stages import _aligndet
 from aligndet.models import build_detector
 from aligndet.models.detr import DETRCandidates
+from aligndet.models.fcos import FCOS
+from aligndet.models.retinanet import RetinaNet
 from aligndet.pretrain import AlignDet, sampler_of
+from aligndet.reference import level_by_level
 from aligndet.structures import Batch
 from tests.data.test_views import painted
 from tests.scenes import views_of
@@ -135,6 +138,33 @@ def test_the_switches_of_a_file_reach_method_and_data(tmp_path: Path) -> None:
             assert (own, width, views) == ((True, 1.0, 1.0, True), 256, ("random", False, None))
 
 
+@everyone
+def test_the_preset_is_all_mistakes_of_the_detector_and_none_of_another(name: str, tmp_path: Path) -> None:
+    """Method 2.3, 8: RetinaNet and DETR alone have the first boxes, FCOS alone strides, RetinaNet alone labels."""
+    proposals, _ = painted(tmp_path, [(40, 50)])
+    path = tmp_path / "x.yaml"
+    path.write_text(
+        f"task: pretrain\nrun: r\nmodel: {{detector: {name}, backbone: resnet18, width: 0.25, channels: 32}}\n"
+        f"data: {{images: {tmp_path}, proposals: {proposals.path}, proposals_per_image: 50}}\noptim: {{steps: 1}}\n"
+    )
+    world = World(0, 1, torch.device("cpu"))
+    for compatible in (False, True):
+        options = [f"method.reference_compatible={'true' if compatible else 'false'}"]
+        stage = stages.pretraining(load_config(path, options), Log(tmp_path, world), world)
+        model, data = stage.model, stage.dataset
+        assert isinstance(model, AlignDet) and isinstance(data, ViewPairs) and model.momentum is not None
+        assert (model.own_keys, data.pad_first) == (compatible, compatible)
+        assert data.order == ("first" if compatible and name in ("retinanet", "detr") else "random")
+        for branch in (model.online, model.momentum):
+            if isinstance(branch, FCOS):
+                assert branch.strides == ((4, 8, 16, 32, 64) if compatible else (8, 16, 32, 64, 128))
+            if isinstance(branch, RetinaNet):
+                assert branch.misplaced is (level_by_level if compatible else None)
+        online = model.online.state_dict()
+        apart = [key for key, value in model.momentum.named_parameters() if not torch.equal(value, online[key])]
+        assert bool(apart) == compatible
+
+
 def test_queries_of_detr_are_on_boxes_of_their_own_image() -> None:
     """In every decoder layer each box of an image is given to one query of that image."""
     model = pretraining("detr", classes=2, classification=1.0).eval()
@@ -184,6 +214,16 @@ def test_box_losses_of_detr_do_not_depend_on_the_sampling_of_the_contrast() -> N
         ("fcos", ["method.contrast=0", "method.reduction=sum"], "no effect while method.contrast is 0"),
         ("fcos", ["method.contrast=0", "method.mistakes=[start]"], "no effect while method.contrast is 0"),
         ("fcos", ["optim.backbone_lr=0.1"], "optim.backbone_lr: has no effect"),
+        ("fcos", ["method.mistakes=[first]"], "method.mistakes: first is one of retinanet, detr, fcos has no such"),
+        ("detr", ["method.mistakes=[first]"], "first has no effect without data.proposals_per_image"),
+        *(
+            (
+                "fcos",
+                ["model.conventions=torchvision", item],
+                "strides has no effect with model.conventions torchvision",
+            )
+            for item in ("method.mistakes=[strides]", "method.reference_compatible=true")
+        ),
     ],
 )
 def test_switches_that_would_do_nothing_are_refused(detector: str, override: list[str], message: str) -> None:

@@ -1,7 +1,7 @@
 """Claims about weights: what transfers, what is refused, what is reported."""
 
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -52,6 +52,19 @@ def test_parts_and_predictors_can_be_left_out(tmp_path: Path) -> None:
     assert len(report.loaded) > len(model.online.backbone.state_dict())
     with pytest.raises(ValueError, match="modules: want some of backbone, neck, rpn, head, got body"):
         load_pretrained(small_detector(), tmp_path / "p.pt", modules=("body",))
+
+
+def test_only_a_box_layer_for_any_class_is_repeated(tmp_path: Path) -> None:
+    """One that was trained for three classes says nothing of six."""
+    options: dict[str, Any] = {"width": 0.25, "channels": 32, "box_head": "2fc", "head_width": 16}
+    trained = build_detector("faster_rcnn", "resnet18", 3, **options)
+    build = {"name": "faster_rcnn", "backbone": "resnet18", "num_classes": 3} | options
+    torch.save(export_detector(trained, ("a", "b", "c"), build), tmp_path / "m.pt")
+    report = load_pretrained(build_detector("faster_rcnn", "resnet18", 6, **options), tmp_path / "m.pt")
+    assert not report.tiled
+    assert any(line.startswith("predictors.box.weight") for line in report.mismatched)
+    same = build_detector("faster_rcnn", "resnet18", 3, **options)
+    assert "predictors.box.weight" in load_pretrained(same, tmp_path / "m.pt").loaded
 
 
 def test_weights_of_another_detector_are_refused(tmp_path: Path) -> None:

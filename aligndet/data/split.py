@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from aligndet.data.annotations import Annotations
 from aligndet.data.coco import plain_id
 from aligndet.data.formats import coco_file, detect_format, has_parts, images_of, load_annotations
 from aligndet.data.splits import LAST_FOLD, choose_labelled, share_of
@@ -66,11 +67,18 @@ def part_of(tree: dict[str, Any], images: Sequence[int]) -> dict[str, Any]:
 
 
 def _tree(path: Path, kind: str, split: str | None) -> tuple[dict[str, Any], str, Path | None]:
-    """The labels as COCO json, the name that the folds get, and the image folder where it is not beside the labels."""
+    """The labels as COCO json, the name that the folds get, and the image folder, None where it is not found."""
     if kind == "folder":
         raise ValueError(f"data {path}: holds no labels to split")
     annotations = load_annotations(path, format=kind, split=split)
     if kind == "coco":  # as it stands there, nothing left out: load_annotations has only proved that it is COCO
-        return json.loads(path.read_bytes()), path.stem, None
+        return json.loads(path.read_bytes()), path.stem, _folder(annotations)
     name = "_".join(["instances", split] if split else ["instances", path.stem.replace("*", "")])
     return annotations.to_coco(), name, images_of(annotations, None)
+
+
+def _folder(annotations: Annotations) -> Path | None:
+    try:
+        return images_of(annotations, None)
+    except FileNotFoundError:  # folds are written all the same: images may be elsewhere
+        return None

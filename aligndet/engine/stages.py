@@ -12,6 +12,7 @@ import numpy as np
 from torch import nn
 
 from aligndet import config as settings
+from aligndet.checks import mistakes_of
 from aligndet.config import Config, ModelConfig
 from aligndet.data.annotations import Annotations
 from aligndet.data.augment import Draw, detr_window, jitter_window
@@ -107,7 +108,7 @@ def pretraining(config: Config, log: Log, world: World) -> Stage:
     data, method = config.data, config.method
     assert data.images is not None and data.proposals is not None
     proposals = open_proposals(data.proposals)
-    mistakes = settings.MISTAKES if method.reference_compatible else method.mistakes
+    mistakes = mistakes_of(config)
     dataset = ViewPairs(
         data.images,
         proposals,
@@ -210,13 +211,15 @@ def fine_tuning(config: Config, log: Log, world: World) -> Stage:
     if data.val is not None:
         log.note(evaluator_note())
     detector = build_detector(**detector_arguments(config.model, len(annotations.class_names)))
+    if config.model.backbone_weights is not None:
+        log.note(str(load_backbone(detector, config.model.backbone_weights)))
+    elif config.weights is None:
+        log.warning(0, "neither weights nor model.backbone_weights is set: everything starts from random weights")
+    elif "backbone" not in config.method.modules:
+        log.warning(0, "method.modules is without backbone and model.backbone_weights is not set: random weights there")
     if config.weights is not None:
         kept = config.method.keep_predictors and not config.method.reference_compatible
         log.note(str(load_pretrained(detector, config.weights, config.method.modules, kept)))
-    elif config.model.backbone_weights is not None:
-        log.note(str(load_backbone(detector, config.model.backbone_weights)))
-    else:
-        log.warning(0, "neither weights nor model.backbone_weights is set: everything starts from random weights")
 
     def measure(model: nn.Module) -> dict[str, Any]:
         network = cast(FineTune, model).detector

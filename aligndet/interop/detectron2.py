@@ -8,9 +8,19 @@ from typing import Any
 
 from torch import Tensor
 
-from aligndet.interop.renaming import Change, Pair, fill, names_there, reordered
+from aligndet.interop.renaming import (
+    Change,
+    Pair,
+    fill,
+    names_there,
+    no_backbone,
+    normed_neck,
+    reordered,
+    unusual_sizes,
+)
 from aligndet.models import RetinaNet, build_detector
 from aligndet.models.backbones import ResNet
+from aligndet.models.roi_head import BOX_HEADS
 from aligndet.models.two_stage import TwoStage
 from aligndet.protocol import Detector
 
@@ -45,6 +55,7 @@ def build_arguments(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, An
     if match is None:
         raise ValueError(f"detectron2: want a name like retinanet_R_50_FPN of {NAME.pattern}, got {name!r}")
     dense = match[1] == "retinanet"
+    box_head = "4conv1fc" if "roi_heads.box_head.conv1.weight" in state_dict else "2fc"
     key = "head.cls_score.bias" if dense else "roi_heads.box_predictor.cls_score.bias"
     if key not in state_dict:
         raise ValueError(f"detectron2 {name}: want {key} among the names, got {', '.join(list(state_dict)[:5])}")
@@ -57,7 +68,7 @@ def build_arguments(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, An
         "pixel_mean": PIXEL_MEAN,
         "pixel_std": PIXEL_STD,
         "conventions": "detectron2",
-        **({} if dense else {"box_head": "2fc"}),
+        **({} if dense else {"box_head": box_head}),
     }
 
 
@@ -71,17 +82,42 @@ def to_state_dict(detector: Detector) -> dict[str, Tensor]:
     return names_there(detector, pairs, changes)
 
 
+def settings(detector: Detector) -> list[str]:
+    """What the config there has to say, a line each, to compute with these weights what ``detector`` does."""
+    assert isinstance(detector, (RetinaNet, TwoStage)) and isinstance(detector.backbone, ResNet)
+    blue_first = detector.pixel_std == PIXEL_STD
+    order = -1 if blue_first else 1
+    mean, std = list(detector.pixel_mean)[::order], list(detector.pixel_std)[::order]
+    lines = [
+        f"INPUT.FORMAT: {'BGR' if blue_first else 'RGB'}",
+        f"MODEL.PIXEL_MEAN: {mean}",
+        f"MODEL.PIXEL_STD: {std}",
+        f"MODEL.RESNETS.STRIDE_IN_1X1: {detector.backbone.stride_in_1x1}",
+    ]
+    lines += unusual_sizes(detector)
+    if normed_neck(detector):
+        lines += ["MODEL.FPN.NORM: BN"]
+    if isinstance(detector, TwoStage):
+        convolutions, layers = BOX_HEADS[detector.box_head]
+        lines += [f"MODEL.ROI_BOX_HEAD: NUM_CONV {convolutions}, NUM_FC {layers}"]
+    if detector.conventions != "detectron2":
+        lines += ["anchors and assignment are not detectron2's; want model.conventions=detectron2 before"]
+    return lines
+
+
 def _names(detector: Detector) -> tuple[list[Pair], list[Change]]:
     changes = [reordered("backbone.conv1.", (2, 1, 0), dim=1)] if detector.pixel_std == PIXEL_STD else []
     if isinstance(detector, RetinaNet):
-        pairs = _backbone(detector.backbone) + _pyramid(3) + _retinanet()
+        pairs = _backbone(detector) + _pyramid(3, normed_neck(detector)) + _retinanet()
         each = detector.shapes.per_cell
         score, box = (len(detector.predictors[name].bias) // each for name in ("score", "box"))  # type: ignore[arg-type]
         sizes = {"predictors.score.": score, "predictors.box.": box}
         return pairs, changes + [reordered(prefix, _anchor_order(size)) for prefix, size in sizes.items()]
-    if isinstance(detector, TwoStage) and detector.box_head == "2fc":
-        return _backbone(detector.backbone) + _pyramid(2) + _two_stage(), changes
-    wanted = "want RetinaNet, or FasterRCNN or MaskRCNN with box_head 2fc"
+    if isinstance(detector, TwoStage):
+        return _backbone(detector) + _pyramid(2, normed_neck(detector)) + _two_stage(
+            *BOX_HEADS[detector.box_head]
+        ), changes
+    wanted = "want RetinaNet, FasterRCNN or MaskRCNN"
     raise ValueError(f"detectron2 has no counterpart of {type(detector).__name__}; {wanted}")
 
 
@@ -90,8 +126,10 @@ def _anchor_order(outputs: int) -> list[int]:
     return [(size * 3 + ratio) * outputs + k for ratio in range(3) for size in range(3) for k in range(outputs)]
 
 
-def _backbone(backbone: object) -> list[Pair]:
-    assert isinstance(backbone, ResNet)
+def _backbone(detector: Detector) -> list[Pair]:
+    backbone = detector.backbone
+    if not isinstance(backbone, ResNet):
+        raise no_backbone("detectron2", detector, "a ResNet")
     root = "backbone.bottom_up"
     pairs = [("backbone.conv1.", f"{root}.stem.conv1."), ("backbone.bn1.", f"{root}.stem.conv1.norm.")]
     for stage, layer in enumerate((backbone.layer1, backbone.layer2, backbone.layer3, backbone.layer4), 1):
@@ -106,10 +144,12 @@ def _backbone(backbone: object) -> list[Pair]:
     return pairs
 
 
-def _pyramid(first: int) -> list[Pair]:
-    pairs = [(f"neck.extra.{i}.", f"backbone.top_block.p{i + 6}.") for i in range(2)]
-    for i in range(6 - first):
-        pairs += [(f"neck.{part}.{i}.", f"backbone.fpn_{part}{first + i}.") for part in ("lateral", "output")]
+def _pyramid(first: int, normed: bool) -> list[Pair]:
+    # Coarser levels have no norm there.
+    pairs = [] if normed else [(f"neck.extra.{i}.", f"backbone.top_block.p{i + 6}.") for i in range(2)]
+    for part, level in ((part, level) for part in ("lateral", "output") for level in range(first, 6)):
+        here, there = f"neck.{part}.{level - first}.", f"backbone.fpn_{part}{level}."
+        pairs += [(f"{here}0.", there), (f"{here}1.", f"{there}norm.")] if normed else [(here, there)]
     return pairs
 
 
@@ -122,13 +162,14 @@ def _retinanet() -> list[Pair]:
     ]
 
 
-def _two_stage() -> list[Pair]:
+def _two_stage(convolutions: int, layers: int) -> list[Pair]:
+    box = "roi_heads.box_head"
     return [
         ("rpn.tower.0.", "proposal_generator.rpn_head.conv."),
         ("rpn.score.", "proposal_generator.rpn_head.objectness_logits."),
         ("rpn.box.", "proposal_generator.rpn_head.anchor_deltas."),
-        ("head.fully_connected.0.", "roi_heads.box_head.fc1."),
-        ("head.fully_connected.1.", "roi_heads.box_head.fc2."),
+        *((f"head.convolutions.{2 * i}.", f"{box}.conv{i + 1}.") for i in range(convolutions)),
+        *((f"head.fully_connected.{i}.", f"{box}.fc{i + 1}.") for i in range(layers)),
         ("predictors.score.", "roi_heads.box_predictor.cls_score."),
         ("predictors.box.", "roi_heads.box_predictor.bbox_pred."),
         *((f"mask_head.convolutions.{2 * i}.", f"roi_heads.mask_head.mask_fcn{i + 1}.") for i in range(4)),

@@ -7,8 +7,9 @@ from typing import Any
 
 from torch import Tensor
 
-from aligndet.interop.renaming import Pair, fill, names_there, transformer_pairs
+from aligndet.interop.renaming import Pair, fill, names_there, no_backbone, transformer_pairs
 from aligndet.models import DETR, build_detector
+from aligndet.models.backbones import ResNet
 from aligndet.protocol import Detector
 
 MODELS = {"detr_resnet50": "resnet50", "detr_resnet101": "resnet101"}
@@ -61,7 +62,21 @@ def to_state_dict(detector: Detector) -> dict[str, Tensor]:
     """
     if not isinstance(detector, DETR):
         raise ValueError(f"detr has no counterpart of {type(detector).__name__}")
+    if not isinstance(detector.backbone, ResNet):
+        raise no_backbone("detr", detector, "a ResNet")
     return names_there(detector, _pairs(detector), [])
+
+
+def settings(detector: Detector) -> list[str]:
+    """Options of its main.py, a line each, that differ from their defaults for exported weights of ``detector``."""
+    assert isinstance(detector, DETR)
+    found = {
+        "num_queries": (len(detector.head.queries.weight), 100),
+        "hidden_dim": (detector.channels, 256),
+        "enc_layers": (len(detector.head.encoder), 6),
+        "dec_layers": (len(detector.head.decoder), 6),
+    }
+    return [f"--{name} {value}" for name, (value, default) in found.items() if value != default]
 
 
 def _pairs(detector: DETR) -> list[Pair]:

@@ -9,8 +9,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from aligndet.interop.renaming import Change, Pair, fill, names_there, reordered, transformer_pairs
+from aligndet.interop.renaming import (
+    Change,
+    Pair,
+    fill,
+    names_there,
+    no_backbone,
+    normed_neck,
+    reordered,
+    transformer_pairs,
+    unusual_sizes,
+)
 from aligndet.models import DETR, FCOS, RetinaNet, build_detector
+from aligndet.models.backbones import MobileNetV2, ResNet
 from aligndet.models.roi_head import BOX_HEADS
 from aligndet.models.two_stage import TwoStage
 from aligndet.protocol import Detector
@@ -18,6 +29,9 @@ from aligndet.protocol import Detector
 # mmdet's names of configs, with underscores or hyphens and anything after the part that matters.
 NAME = re.compile(r"^(fcos|retinanet|faster_rcnn|mask_rcnn|detr)_r(18|34|50|101)(_caffe)?(?:_|$)")
 CAFFE_MEAN = {"fcos": (122.7717, 115.9465, 102.9801)}  # RGB, of 0 .. 255; the others' is the usual one
+CAFFE_STD = (1.0, 1.0, 1.0)
+LAYER = ("conv", "bn")
+MOBILENET = (1, 2, 3, 4, 3, 3, 1)  # blocks of each of MobileNetV2's layers
 SCORE = {"fcos": "conv_cls", "retinanet": "retina_cls", "detr": "fc_cls"}
 SCALE = re.compile(r"^bbox_head\.scales\.(\d+)\.scale$")
 # Layers that AlignDet's published files have for pre-training only: projections and pseudo-classes.
@@ -70,6 +84,26 @@ def to_state_dict(detector: Detector, version: int = 3) -> dict[str, Tensor]:
     return found
 
 
+def settings(detector: Detector) -> list[str]:
+    """What the config there has to say, a line each, to compute with these weights what ``detector`` does."""
+    backwards = detector.pixel_std == CAFFE_STD
+    order = -1 if backwards else 1
+    mean, std = list(detector.pixel_mean)[::order], list(detector.pixel_std)[::order]
+    lines = [f"data_preprocessor: mean={mean}, std={std}, bgr_to_rgb={not backwards}"]
+    if isinstance(detector.backbone, MobileNetV2):
+        levels = (1, 2, 4, 7) if isinstance(detector, TwoStage) else (2, 4, 7)
+        lines += [f"backbone: type='MobileNetV2', out_indices={levels}"]
+    else:
+        lines += [f"backbone: style='{'caffe' if detector.backbone.stride_in_1x1 else 'pytorch'}'"]
+    if isinstance(detector, TwoStage):
+        lines += [f"train_cfg.rcnn.assigner: match_low_quality={detector.rules.low_quality}"]
+    if isinstance(detector, (FCOS, RetinaNet, TwoStage)):
+        lines += unusual_sizes(detector)
+        if detector.conventions not in ("aligndet", "mmdet"):
+            lines += [f"anchors and box coding are {detector.conventions}'s; want model.conventions=aligndet before"]
+    return lines
+
+
 def _arguments(name: str, state: Mapping[str, Tensor], num_classes: int | None) -> dict[str, Any]:
     match = NAME.match(name.replace("-", "_"))
     if match is None:
@@ -95,7 +129,7 @@ def _arguments(name: str, state: Mapping[str, Tensor], num_classes: int | None) 
         queries = next((value for key, value in state.items() if key.endswith("query_embedding.weight")), None)
         build |= {} if queries is None else {"queries": len(queries)}
     if caffe:
-        build |= {"stride_in_1x1": True, "pixel_std": (1.0, 1.0, 1.0)}
+        build |= {"stride_in_1x1": True, "pixel_std": CAFFE_STD}
         build |= {"pixel_mean": CAFFE_MEAN[kind]} if kind in CAFFE_MEAN else {}
     return build
 
@@ -126,21 +160,35 @@ def _stacked(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _names(detector: Detector, new: bool) -> tuple[list[Pair], list[Change]]:
-    changes = [reordered("backbone.conv1.", (2, 1, 0), dim=1)] if detector.pixel_std == (1.0, 1.0, 1.0) else []
-    pairs: list[Pair] = [("backbone.", "backbone.")]
+    changes = [reordered("backbone.conv1.", (2, 1, 0), dim=1)] if detector.pixel_std == CAFFE_STD else []
+    pairs = _body(detector)
     if isinstance(detector, DETR):
         return pairs + _detr(detector, new), changes
     if isinstance(detector, FCOS):
-        return pairs + _pyramid(len(detector.neck.lateral), False) + _fcos(), changes
+        return pairs + _pyramid(len(detector.neck.lateral), normed_neck(detector)) + _fcos(), changes
     if isinstance(detector, RetinaNet):
-        return pairs + _pyramid(len(detector.neck.lateral), _normed(detector)) + _retinanet(), changes
+        return pairs + _pyramid(len(detector.neck.lateral), normed_neck(detector)) + _retinanet(), changes
     if isinstance(detector, TwoStage):
-        return pairs + _pyramid(len(detector.neck.lateral), _normed(detector)) + _two_stage(detector), changes
+        return pairs + _pyramid(len(detector.neck.lateral), normed_neck(detector)) + _two_stage(detector), changes
     raise ValueError(f"mmdet has no counterpart of {type(detector).__name__}")
 
 
-def _normed(detector: RetinaNet | TwoStage) -> bool:
-    return isinstance(detector.neck.lateral[0], torch.nn.Sequential)
+def _body(detector: Detector) -> list[Pair]:
+    if isinstance(detector.backbone, ResNet):
+        return [("backbone.", "backbone.")]
+    if not isinstance(detector.backbone, MobileNetV2):
+        raise no_backbone("mmdet", detector, "a ResNet or MobileNetV2")
+    pairs = []
+    for ours, theirs in ((0, "conv1"), (18, "conv2")):
+        pairs += [(f"backbone.features.{ours}.{i}.", f"backbone.{theirs}.{part}.") for i, part in enumerate(LAYER)]
+    blocks = [(layer, i) for layer, depth in enumerate(MOBILENET, 1) for i in range(depth)]
+    for number, (layer, i) in enumerate(blocks, 1):
+        here, there = f"backbone.features.{number}.conv", f"backbone.layer{layer}.{i}"
+        inner = ("expand_conv", "depthwise_conv") if number > 1 else ("depthwise_conv",)
+        for k, name in enumerate(inner):
+            pairs += [(f"{here}.{k}.{j}.", f"{there}.{name}.{part}.") for j, part in enumerate(LAYER)]
+        pairs += [(f"{here}.{len(inner) + j}.", f"{there}.linear_conv.{part}.") for j, part in enumerate(LAYER)]
+    return pairs
 
 
 def _pyramid(levels: int, normed: bool) -> list[Pair]:

@@ -1,4 +1,4 @@
-"""torchvision's detection models with ResNet-50 and a feature pyramid."""
+"""torchvision's detection models with a feature pyramid: ResNet-50 to and fro, other ResNets and MobileNetV2 to it."""
 
 from __future__ import annotations
 
@@ -8,8 +8,10 @@ from typing import Any
 
 from torch import Tensor
 
-from aligndet.interop.renaming import Change, Pair, fill, names_there, rolled
+from aligndet.interop.renaming import Change, Pair, fill, names_there, no_backbone, normed_neck, rolled, unusual_sizes
 from aligndet.models import FCOS, RetinaNet, build_detector
+from aligndet.models.backbones import MobileNetV2, ResNet
+from aligndet.models.backbones.mobilenet import OUTPUTS
 from aligndet.models.roi_head import BOX_HEADS
 from aligndet.models.two_stage import TwoStage
 from aligndet.protocol import Detector
@@ -99,25 +101,54 @@ def to_state_dict(detector: Detector) -> dict[str, Tensor]:
         raise
 
 
+def settings(detector: Detector) -> list[str]:
+    """What the model there has to be built with, a line each, to compute with these weights what ``detector`` does."""
+    assert isinstance(detector, (FCOS, RetinaNet, TwoStage))
+    lines = unusual_sizes(detector)
+    if not detector.conventions.startswith("torchvision"):
+        lines += ["anchors, box coding and RoIAlign are not torchvision's; want model.conventions=torchvision before"]
+    if isinstance(detector.backbone, MobileNetV2):
+        levels = {str(layer): str(number) for number, layer in enumerate(OUTPUTS)}
+        chosen = levels if isinstance(detector, TwoStage) else dict(list(levels.items())[1:])
+        lines += [f"backbone: BackboneWithFPN(mobilenet_v2().features, return_layers={chosen}, ...)"]
+    if isinstance(detector, RetinaNet) and detector.rules.extra == "input":
+        lines += [f"backbone: extra_blocks=LastLevelP6P7({detector.neck.inputs[-1]}, {detector.channels})"]
+    if normed_neck(detector):
+        lines += ["backbone: norm_layer=BatchNorm2d"]
+    if isinstance(detector, TwoStage) and detector.box_head == "4conv1fc" and detector.head_norm is None:
+        lines += ["box head: FastRCNNConvFCHead with 4 convolutions, 1 fully connected layer and no norm"]
+    return lines
+
+
 def _names(detector: Detector) -> tuple[list[Pair], list[Change]]:
     if isinstance(detector, FCOS):
-        return _pyramid(False) + _fcos(), []
+        return [_body(detector), *_pyramid(normed_neck(detector)), *_fcos()], []
     if isinstance(detector, RetinaNet):
         step = 3 if detector.rules.norm else 2
-        return _pyramid(False) + _retinanet(step), []
+        return [_body(detector), *_pyramid(normed_neck(detector)), *_retinanet(step)], []
     if isinstance(detector, TwoStage):
         changes = [rolled("predictors.score.", 1)]
         if detector.rules.spare:
             changes += [rolled("predictors.box.", 4), rolled("predictors.mask.", 1)]
-        return _pyramid(detector.neck_norm is not None) + _two_stage(detector), changes
+        return [_body(detector), *_pyramid(normed_neck(detector)), *_two_stage(detector)], changes
     raise ValueError(f"torchvision has no counterpart of {type(detector).__name__}")
 
 
+def _body(detector: Detector) -> Pair:
+    if isinstance(detector.backbone, ResNet):
+        return ("backbone.", "backbone.body.")
+    if isinstance(detector.backbone, MobileNetV2):
+        return ("backbone.features.", "backbone.body.")
+    raise no_backbone("torchvision", detector, "a ResNet or MobileNetV2")
+
+
 def _pyramid(normed: bool) -> list[Pair]:
-    """Backbone and neck; without a norm a layer here is the first of a block there."""
-    pairs = [("backbone.", "backbone.body.")]
+    """Without a norm a layer here is the first of a block there."""
+    pairs = []
     for ours, theirs in (("neck.lateral", "backbone.fpn.inner_blocks"), ("neck.output", "backbone.fpn.layer_blocks")):
         pairs += [(f"{ours}.{i}.", f"{theirs}.{i}." if normed else f"{theirs}.{i}.0.") for i in range(4)]
+    if normed:  # coarser levels have no norm there
+        return pairs
     return [*pairs, *((f"neck.extra.{i}.", f"backbone.fpn.extra_blocks.p{i + 6}.") for i in range(2))]
 
 

@@ -38,6 +38,7 @@ class FPN(nn.Module):
         norm: str | None = None,
     ) -> None:
         super().__init__()
+        self.inputs = inputs
         self.source, self.relu, self.pools = source, relu, extra if source == "pool" else 0
         first = inputs[-1] if source == "input" else channels
         widths = [] if source == "pool" else [first] + [channels] * (extra - 1) if extra else []

@@ -5,11 +5,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from aligndet import cli
+from aligndet.config import load_config
 from aligndet.data.formats import load_annotations
 from aligndet.data.splits import choose_labelled, share_of
+from aligndet.engine.distributed import World
+from aligndet.engine.log import Log
+from aligndet.engine.stages import fine_tuning
 from tests.data import same
+
+ROOT = Path(__file__).parents[2]
 
 
 def test_sizes_of_coco_s_folds() -> None:
@@ -79,6 +86,34 @@ def test_folds_of_other_formats(tmp_path: Path, capsys: pytest.CaptureFixture[st
         # np.random.seed(1); np.random.permutation(3) begins 0 2
         assert list(part.file_names) == ["a b.png", "ü.png"]
         assert part.labels.tolist() == [1, 0, 2, 1, 1]
+
+
+@pytest.mark.parametrize("kind", ["coco", "voc", "yolo"])
+def test_training_reads_the_fold_that_was_written(
+    kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As the command says: nothing is written where nobody reads it (method section 8.15)."""
+    same.WRITERS[kind](tmp_path / kind)
+    source = tmp_path / kind / ("annotations/instances_train.json" if kind == "coco" else "")
+    out = tmp_path / "folds"
+    assert cli.main(["split", str(source), "--split", "train", "--out", str(out), "--percent", "70"]) == 0
+    root = capsys.readouterr().out.split("data.train_images=")[1].split()[0]
+    fold = out / "instances_train.1@70.json"
+    config = load_config(
+        ROOT / "configs/finetune/fcos_mobilenet_v2_lowdata.yaml",
+        [
+            f"run={tmp_path}",
+            f"data.train={fold}",
+            f"data.train_images={root}",
+            "data.val=null",
+            "data.labelled=null",
+            "data.on_error=fail",
+        ],
+    )
+    world = World(0, 1, torch.device("cpu"))
+    stage = fine_tuning(config, Log(tmp_path, world), world)
+    read = [stage.dataset[(row, 0)].image_id for row in range(len(stage.dataset))]  # type: ignore[union-attr]
+    assert [stage.name_of(number) for number in read] == ["a b.png", "ü.png"]
 
 
 def test_bad_calls(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

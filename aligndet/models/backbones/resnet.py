@@ -41,6 +41,7 @@ class ResNet(nn.Module):
         super().__init__()
         stem = rounded(64 * width)
         self.strides = (4, 8, 16, 32)
+        self.stride_in_1x1 = stride_in_1x1
         self.channels = tuple(stem * 2**stage * block.expansion for stage in range(4))
         self.conv1 = nn.Conv2d(3, stem, 7, stride=2, padding=3, bias=False)
         self.bn1 = NORMS[norm](stem)

@@ -216,13 +216,13 @@ def extract(extractor: Extractor, state: State, progress: Progress) -> np.ndarra
             raise ValueError(f"--images {extractor.images}: no image can be used; the first: {extractor.unread[0]}")
         parts = itertools.chain([first], parts)
         mean, components = principal_components(parts, settings.dimensions)
-        extractor.unread.clear()  # the same images come again
         state.save(mean=mean.cpu().numpy(), components=components.cpu().numpy(), images=0)
     device = next(extractor.network.parameters()).device
     mean, components = (torch.from_numpy(state.arrays[name]).to(device) for name in ("mean", "components"))
     shape = (len(proposals.boxes), components.shape[1])
     there = state.features.exists() and state.features.stat().st_size == 2 * shape[0] * shape[1]
     done = state.values["images"] if there else 0
+    extractor.unread = list(state.values.get("unread", ())) if done else []
     features = np.memmap(state.features, np.float16, "r+" if there else "w+", shape=shape)
     progress.begin(len(rows) - done)
     for number in range(done, len(rows)):
@@ -233,7 +233,7 @@ def extract(extractor: Extractor, state: State, progress: Progress) -> np.ndarra
         progress.advance()
         if (number + 1) % SAVE_EVERY == 0 or number + 1 == len(rows):
             features.flush()
-            state.save(images=number + 1)
+            state.save(images=number + 1, unread=extractor.unread)
     for line in extractor.unread:
         progress.warn(f"no features, the pseudo-class of an average box: {line}")
     return features

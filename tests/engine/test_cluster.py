@@ -152,6 +152,24 @@ def test_unreadable_images_are_counted(folder: Path, tmp_path: Path, capsys: pyt
     assert "1 images could not be read" in said.out and broken.name in said.err
 
 
+def test_images_that_were_unreadable_before_an_interruption_count(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(folder / "images", tmp_path / "images")
+    sorted((tmp_path / "images").rglob("*.*"))[0].write_bytes(b"no image")
+    arguments = command(folder, "broken_twice.npz")
+    arguments[arguments.index("--images") + 1] = str(tmp_path / "images")
+    monkeypatch.setattr(cluster, "SAVE_EVERY", 2)
+    original = cluster.improve
+    monkeypatch.setattr(cluster, "improve", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(SystemExit):
+        cli.main(arguments)
+    monkeypatch.setattr(cluster, "improve", original)
+    capsys.readouterr()
+    assert cli.main(arguments) == 0
+    assert "1 images could not be read" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("more", "message"),
     [

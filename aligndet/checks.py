@@ -87,17 +87,18 @@ def check_pretraining(config: Config) -> None:
     for mistake in method.mistakes:
         whose = MISTAKES[mistake]
         if whose is not None and detector not in whose:
-            names = ", ".join(whose)
-            raise ValueError(f"method.mistakes: {mistake} is one of {names}, {detector} has no such mistake")
+            raise ValueError(
+                f"method.mistakes: {mistake} is made with {' and '.join(whose)} alone, not with {detector}"
+            )
     if ("first" in method.mistakes or config.data.proposal_order == "first") and not config.data.proposals_per_image:
         raise ValueError("data.proposal_order, method.mistakes: first has no effect without data.proposals_per_image")
-    mistakes = mistakes_of(config)
-    if "strides" in mistakes and config.model.conventions == "torchvision":
+    fitted = config.model.conventions == "torchvision" and config.model.centre_radius is None
+    if "strides" in method.mistakes and fitted:  # points follow from the sizes of the maps alone
         raise ValueError("method.mistakes: strides has no effect with model.conventions torchvision")
     idle = {"start", "fallback"} & {*method.mistakes} or method.positives != "keys" or method.reduction != "boxes"
     if idle and not method.contrast:
         raise ValueError("method.positives, .reduction, mistakes start, fallback: no effect while method.contrast is 0")
-    if method.positives == "both" and "fallback" in mistakes:
+    if method.positives == "both" and "fallback" in mistakes_of(config):
         raise ValueError("method.positives: the reference's fallback keys go with positives keys only")
     if method.name == "soco":
         plain = type(method)()

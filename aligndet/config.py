@@ -119,7 +119,7 @@ class MethodConfig:
     momentum_schedule: str = knob("cosine", choices=("cosine", "constant"), tasks=(PRETRAIN,))  # row 11
     freeze_backbone: bool = knob(True, tasks=(PRETRAIN,))  # Table 11; soco always trains it
     mistakes: tuple[str, ...] = knob((), choices=tuple(MISTAKES), tasks=(PRETRAIN,))  # see aligndet/reference.py
-    reference_compatible: bool = knob(False, tasks=BOXES)  # all of them, and keep_predictors false
+    reference_compatible: bool = knob(False, tasks=BOXES)  # all of the detector's; keep_predictors false
     projection: int = knob(2048, above=0, tasks=(IMAGE_DOMAIN,))  # SimSiam: outputs of the projector
     bottleneck: int = knob(512, above=0, tasks=(IMAGE_DOMAIN,))  # SimSiam: hidden width of the predictor
     modules: tuple[str, ...] = knob(MODULES, choices=MODULES, tasks=(FINETUNE,))  # handed over from weights (Table 9)

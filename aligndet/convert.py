@@ -33,8 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--mmdet-version",
         type=int,
         choices=(2, 3),
-        default=3,
-        help="whose names of DETR's layers mmdet gets (default 3)",
+        help="of --to mmdet; names of DETR's layers differ (default 3)",
     )
     parser.add_argument("--classes", metavar="FILE", help="class names, one per line; default: class_0, class_1, ...")
     parser.add_argument("input", metavar="IN", help="file of weights")
@@ -43,6 +42,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert one file; what has no counterpart is an error that lists it."""
+    if args.mmdet_version is not None and args.target != "mmdet":
+        raise ValueError(f"--mmdet-version: want it with --to mmdet only, got --to {args.target}")
     if args.source == OURS:
         unfinished = read_weights(args.input).get("kind") == "pretrained"
         if unfinished:
@@ -72,7 +73,7 @@ def run(args: argparse.Namespace) -> int:
     lacking = [name for name, value in state.items() if bool(value.isnan().any())]
     if lacking:
         print(f"without {', '.join(lacking)}, which pre-training does not teach; load it with strict=False")
-    for line in [] if args.target == OURS else PEERS[args.target].settings(detector):
+    for line in _settings(args, detector):
         print(f"{args.target}: {line}")
     return 0
 
@@ -82,7 +83,7 @@ def _content(args: argparse.Namespace, detector: Detector) -> dict[str, Any]:
         raise ValueError(f"{args.input}: is aligndet's already; want another library for --to")
     try:
         if args.target == "mmdet":
-            state = mmdet.to_state_dict(detector, args.mmdet_version)
+            state = mmdet.to_state_dict(detector, args.mmdet_version or 3)
         else:
             state = PEERS[args.target].to_state_dict(detector)
     except ValueError as error:
@@ -91,6 +92,15 @@ def _content(args: argparse.Namespace, detector: Detector) -> dict[str, Any]:
     state = {name: value for name, value in state.items() if not bool(value.isnan().any())}
     wrapper = WRAPPERS[args.target]
     return dict(state) if wrapper is None else {wrapper: state}
+
+
+def _settings(args: argparse.Namespace, detector: Detector) -> list[str]:
+    """What the library that reads the file has to be told."""
+    if args.target == OURS:
+        return []
+    if args.target == "mmdet":
+        return mmdet.settings(detector, args.mmdet_version or 3)
+    return PEERS[args.target].settings(detector)
 
 
 def _state(source: str, path: str) -> dict[str, Tensor]:

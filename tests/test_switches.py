@@ -206,23 +206,24 @@ def test_box_losses_of_detr_do_not_depend_on_the_sampling_of_the_contrast() -> N
 @pytest.mark.parametrize(
     ("detector", "override", "message"),
     [
-        ("fcos", ["method.mistakes=[labels]"], "method.mistakes: labels is one of retinanet"),
-        ("retinanet", ["method.mistakes=[strides]"], "method.mistakes: strides is one of fcos"),
+        ("fcos", ["method.mistakes=[labels]"], "method.mistakes: labels is made with retinanet alone"),
+        ("retinanet", ["method.mistakes=[strides]"], "method.mistakes: strides is made with fcos alone"),
         ("fcos", ["method.name=soco", "method.symmetric=true"], "method.symmetric: not read by method.name soco"),
         ("fcos", ["method.mistakes=[fallback]", "method.positives=both"], "method.positives"),
         ("fcos", ["method.contrast=0", "method.positives=both"], "no effect while method.contrast is 0"),
         ("fcos", ["method.contrast=0", "method.reduction=sum"], "no effect while method.contrast is 0"),
         ("fcos", ["method.contrast=0", "method.mistakes=[start]"], "no effect while method.contrast is 0"),
         ("fcos", ["optim.backbone_lr=0.1"], "optim.backbone_lr: has no effect"),
-        ("fcos", ["method.mistakes=[first]"], "method.mistakes: first is one of retinanet, detr, fcos has no such"),
+        (
+            "fcos",
+            ["method.mistakes=[first]"],
+            "method.mistakes: first is made with retinanet and detr alone, not with fcos",
+        ),
         ("detr", ["method.mistakes=[first]"], "first has no effect without data.proposals_per_image"),
-        *(
-            (
-                "fcos",
-                ["model.conventions=torchvision", item],
-                "strides has no effect with model.conventions torchvision",
-            )
-            for item in ("method.mistakes=[strides]", "method.reference_compatible=true")
+        (
+            "fcos",
+            ["model.conventions=torchvision", "method.mistakes=[strides]"],
+            "strides has no effect with model.conventions torchvision",
         ),
     ],
 )

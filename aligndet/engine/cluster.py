@@ -160,7 +160,7 @@ class State:
     """What is known so far of an unfinished clustering, on disk beside the output.
 
     Attributes:
-        values: "images" done, and "step" of k-means.
+        values: "images" done, lines on those "unread", and "step" of k-means.
     """
 
     def __init__(self, out: Path, made_with: dict[str, Any], overwrite: bool) -> None:

@@ -8,18 +8,11 @@ from typing import Any
 
 from torch import Tensor
 
-from aligndet.interop.renaming import (
-    Change,
-    Pair,
-    fill,
-    names_there,
-    no_backbone,
-    normed_neck,
-    reordered,
-    unusual_sizes,
-)
+from aligndet.interop.renaming import Change, Pair, fill, names_there, reordered
+from aligndet.interop.wanted import any_class, depth_of, no_backbone, normed_neck, otherwise, pixels_of, towers_of
 from aligndet.models import RetinaNet, build_detector
 from aligndet.models.backbones import ResNet
+from aligndet.models.conventions import ANCHORS, REGIONS
 from aligndet.models.roi_head import BOX_HEADS
 from aligndet.models.two_stage import TwoStage
 from aligndet.protocol import Detector
@@ -79,30 +72,40 @@ def to_state_dict(detector: Detector) -> dict[str, Tensor]:
         ValueError: detectron2 has no place for some tensors, listed with their shapes.
     """
     pairs, changes = _names(detector)
-    return names_there(detector, pairs, changes)
+    state = names_there(detector, pairs, changes)
+    if isinstance(detector, RetinaNet) and len(detector.strides) != 5:
+        raise ValueError(f"detectron2: its pyramid has P6 and P7, 5 levels in all, got {len(detector.strides)}")
+    return state
 
 
 def settings(detector: Detector) -> list[str]:
-    """What the config there has to say, a line each, to compute with these weights what ``detector`` does."""
-    assert isinstance(detector, (RetinaNet, TwoStage)) and isinstance(detector.backbone, ResNet)
-    blue_first = detector.pixel_std == PIXEL_STD
-    order = -1 if blue_first else 1
-    mean, std = list(detector.pixel_mean)[::order], list(detector.pixel_std)[::order]
+    """What the config there has to say, a line each, to compute with these weights what ``detector`` does.
+
+    Raises:
+        ValueError: detectron2 has no such detector or backbone.
+    """
+    _names(detector)
+    backbone, advice = detector.backbone, "want model.conventions=detectron2 before pre-training"
+    assert isinstance(backbone, ResNet) and isinstance(detector, (RetinaNet, TwoStage))
+    blue_first, mean, std = pixels_of(detector)
+    stem = backbone.conv1.out_channels
     lines = [
         f"INPUT.FORMAT: {'BGR' if blue_first else 'RGB'}",
         f"MODEL.PIXEL_MEAN: {mean}",
         f"MODEL.PIXEL_STD: {std}",
-        f"MODEL.RESNETS.STRIDE_IN_1X1: {detector.backbone.stride_in_1x1}",
+        f"MODEL.RESNETS: DEPTH {depth_of(backbone)}, STRIDE_IN_1X1 {backbone.stride_in_1x1}, STEM_OUT_CHANNELS {stem}, "
+        f"RES2_OUT_CHANNELS {backbone.channels[0]}, WIDTH_PER_GROUP {stem}",
+        f"MODEL.FPN: OUT_CHANNELS {detector.channels}, NORM {'BN' if normed_neck(detector) else repr('')}",
     ]
-    lines += unusual_sizes(detector)
-    if normed_neck(detector):
-        lines += ["MODEL.FPN.NORM: BN"]
-    if isinstance(detector, TwoStage):
-        convolutions, layers = BOX_HEADS[detector.box_head]
-        lines += [f"MODEL.ROI_BOX_HEAD: NUM_CONV {convolutions}, NUM_FC {layers}"]
-    if detector.conventions != "detectron2":
-        lines += ["anchors and assignment are not detectron2's; want model.conventions=detectron2 before"]
-    return lines
+    if isinstance(detector, RetinaNet):
+        lines += [f"MODEL.RETINANET.NUM_CONVS: {towers_of(detector)}"]
+        return lines + otherwise(detector.rules, ANCHORS["detectron2"], advice)
+    convolutions, layers = BOX_HEADS[detector.box_head]
+    lines += [
+        f"MODEL.ROI_BOX_HEAD: NUM_CONV {convolutions}, CONV_DIM {detector.channels}, NUM_FC {layers}, "
+        f"FC_DIM {detector.head.width}, CLS_AGNOSTIC_BBOX_REG {any_class(detector)}"
+    ]
+    return lines + otherwise(detector.rules, REGIONS["detectron2"], advice)
 
 
 def _names(detector: Detector) -> tuple[list[Pair], list[Change]]:
@@ -114,9 +117,8 @@ def _names(detector: Detector) -> tuple[list[Pair], list[Change]]:
         sizes = {"predictors.score.": score, "predictors.box.": box}
         return pairs, changes + [reordered(prefix, _anchor_order(size)) for prefix, size in sizes.items()]
     if isinstance(detector, TwoStage):
-        return _backbone(detector) + _pyramid(2, normed_neck(detector)) + _two_stage(
-            *BOX_HEADS[detector.box_head]
-        ), changes
+        pairs = _backbone(detector) + _pyramid(2, normed_neck(detector)) + _two_stage(*BOX_HEADS[detector.box_head])
+        return pairs, changes
     wanted = "want RetinaNet, FasterRCNN or MaskRCNN"
     raise ValueError(f"detectron2 has no counterpart of {type(detector).__name__}; {wanted}")
 

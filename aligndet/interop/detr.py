@@ -7,11 +7,21 @@ from typing import Any
 
 from torch import Tensor
 
-from aligndet.interop.renaming import Pair, fill, names_there, no_backbone, transformer_pairs
+from aligndet.interop.renaming import Pair, fill, names_there, transformer_pairs
+from aligndet.interop.wanted import depth_of, detr_sizes, no_backbone, other_resnet, shares_line
 from aligndet.models import DETR, build_detector
 from aligndet.models.backbones import ResNet
 from aligndet.protocol import Detector
 
+# Here, there, and its default.
+OPTIONS = {
+    "queries": ("num_queries", 100),
+    "channels": ("hidden_dim", 256),
+    "encoder_layers": ("enc_layers", 6),
+    "decoder_layers": ("dec_layers", 6),
+    "feedforward": ("dim_feedforward", 2048),
+    "heads": ("nheads", 8),
+}
 MODELS = {"detr_resnet50": "resnet50", "detr_resnet101": "resnet101"}
 
 
@@ -60,23 +70,33 @@ def to_state_dict(detector: Detector) -> dict[str, Tensor]:
     Raises:
         ValueError: it is no DETR, or the reference has no place for some tensors, listed with their shapes.
     """
+    return names_there(detector, _pairs(_checked(detector)), [])
+
+
+def settings(detector: Detector) -> list[str]:
+    """Options of its main.py, other than the defaults, to compute with these weights what ``detector`` does.
+
+    Raises:
+        ValueError: it is no DETR on a ResNet.
+    """
+    known = _checked(detector)
+    assert isinstance(known.backbone, ResNet)
+    sizes, lines = detr_sizes(known), []
+    if depth_of(known.backbone) != 50:
+        lines += [f"--backbone resnet{depth_of(known.backbone)}"]
+    lines += [f"--{there} {sizes[here]}" for here, (there, usual) in OPTIONS.items() if sizes[here] != usual]
+    return lines + shares_line(known)
+
+
+def _checked(detector: Detector) -> DETR:
     if not isinstance(detector, DETR):
         raise ValueError(f"detr has no counterpart of {type(detector).__name__}")
     if not isinstance(detector.backbone, ResNet):
         raise no_backbone("detr", detector, "a ResNet")
-    return names_there(detector, _pairs(detector), [])
-
-
-def settings(detector: Detector) -> list[str]:
-    """Options of its main.py, a line each, that differ from their defaults for exported weights of ``detector``."""
-    assert isinstance(detector, DETR)
-    found = {
-        "num_queries": (len(detector.head.queries.weight), 100),
-        "hidden_dim": (detector.channels, 256),
-        "enc_layers": (len(detector.head.encoder), 6),
-        "dec_layers": (len(detector.head.decoder), 6),
-    }
-    return [f"--{name} {value}" for name, (value, default) in found.items() if value != default]
+    wrong = other_resnet(detector.backbone)
+    if wrong:
+        raise ValueError(f"detr: {'; '.join(wrong)}")
+    return detector
 
 
 def _pairs(detector: DETR) -> list[Pair]:

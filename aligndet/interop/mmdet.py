@@ -4,24 +4,26 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from aligndet.interop.renaming import (
-    Change,
-    Pair,
-    fill,
-    names_there,
+from aligndet.interop.renaming import Change, Pair, fill, names_there, reordered, transformer_pairs
+from aligndet.interop.wanted import (
+    any_class,
+    depth_of,
+    detr_sizes,
     no_backbone,
     normed_neck,
-    reordered,
-    transformer_pairs,
-    unusual_sizes,
+    otherwise,
+    pixels_of,
+    towers_of,
 )
 from aligndet.models import DETR, FCOS, RetinaNet, build_detector
 from aligndet.models.backbones import MobileNetV2, ResNet
+from aligndet.models.conventions import ANCHORS, DENSE, REGIONS
 from aligndet.models.roi_head import BOX_HEADS
 from aligndet.models.two_stage import TwoStage
 from aligndet.protocol import Detector
@@ -84,24 +86,65 @@ def to_state_dict(detector: Detector, version: int = 3) -> dict[str, Tensor]:
     return found
 
 
-def settings(detector: Detector) -> list[str]:
-    """What the config there has to say, a line each, to compute with these weights what ``detector`` does."""
-    backwards = detector.pixel_std == CAFFE_STD
-    order = -1 if backwards else 1
-    mean, std = list(detector.pixel_mean)[::order], list(detector.pixel_std)[::order]
-    lines = [f"data_preprocessor: mean={mean}, std={std}, bgr_to_rgb={not backwards}"]
-    if isinstance(detector.backbone, MobileNetV2):
-        levels = (1, 2, 4, 7) if isinstance(detector, TwoStage) else (2, 4, 7)
-        lines += [f"backbone: type='MobileNetV2', out_indices={levels}"]
-    else:
-        lines += [f"backbone: style='{'caffe' if detector.backbone.stride_in_1x1 else 'pytorch'}'"]
+def settings(detector: Detector, version: int = 3) -> list[str]:
+    """What the config there has to say, a line each, to compute with these weights what ``detector`` does.
+
+    Raises:
+        ValueError: mmdet has no such detector or backbone.
+    """
+    _names(detector, new=version == 3)
+    blue_first, mean, std = pixels_of(detector)
+    loader, order = ("data_preprocessor", "bgr_to_rgb") if version == 3 else ("img_norm_cfg", "to_rgb")
+    lines = [f"{loader}: mean={mean}, std={std}, {order}={not blue_first}"]
+    if isinstance(detector, DETR):
+        sizes = ", ".join(f"{name}={value}" for name, value in detr_sizes(detector).items())
+        return [
+            *lines,
+            _backbone(detector, 1),
+            f"neck: in_channels=[{detector.neck.in_channels}]",
+            f"transformer: {sizes}",
+        ]
+    assert isinstance(detector, (FCOS, RetinaNet, TwoStage))
+    inputs, channels, advice = detector.neck.inputs, detector.channels, "want model.conventions=aligndet before"
+    extra = {"pool": False, "input": "'on_input'", "output": "'on_output'"}[detector.neck.source]
+    norm = ", norm_cfg=dict(type='BN')" if normed_neck(detector) else ""
+    lines += [
+        _backbone(detector, len(inputs)),
+        f"neck: in_channels={list(inputs)}, start_level=0, out_channels={channels}, "
+        f"num_outs={len(detector.neck.extra) + detector.neck.pools + len(inputs)}, add_extra_convs={extra}{norm}",
+    ]
     if isinstance(detector, TwoStage):
-        lines += [f"train_cfg.rcnn.assigner: match_low_quality={detector.rules.low_quality}"]
-    if isinstance(detector, (FCOS, RetinaNet, TwoStage)):
-        lines += unusual_sizes(detector)
-        if detector.conventions not in ("aligndet", "mmdet"):
-            lines += [f"anchors and box coding are {detector.conventions}'s; want model.conventions=aligndet before"]
-    return lines
+        return lines + _two_stage_settings(detector)
+    lines += [f"bbox_head: stacked_convs={towers_of(detector)}, in_channels={channels}, feat_channels={channels}"]
+    if isinstance(detector, FCOS):
+        return lines + otherwise(detector.rules, DENSE["aligndet"], advice)
+    return lines + otherwise(detector.rules, ANCHORS["aligndet"], advice)
+
+
+def _backbone(detector: Detector, levels: int) -> str:
+    backbone = detector.backbone
+    if isinstance(backbone, MobileNetV2):
+        width = f", widen_factor={backbone.width}" if backbone.width != 1 else ""
+        return f"backbone: type='MobileNetV2', out_indices={(1, 2, 4, 7)[-levels:]}{width}"
+    assert isinstance(backbone, ResNet)
+    style, stem = "caffe" if backbone.stride_in_1x1 else "pytorch", backbone.conv1.out_channels
+    width = f", base_channels={stem}" if stem != 64 else ""
+    return (
+        f"backbone: type='ResNet', depth={depth_of(backbone)}, out_indices={(0, 1, 2, 3)[-levels:]}, "
+        f"style='{style}'{width}"
+    )
+
+
+def _two_stage_settings(detector: TwoStage) -> list[str]:
+    kind = {"2fc": "Shared2FCBBoxHead", "4conv1fc": "Shared4Conv1FCBBoxHead"}[detector.box_head]
+    norm = ", norm_cfg=dict(type='BN')" if detector.head_norm is not None else ""
+    there = replace(REGIONS["aligndet"], low_quality=detector.rules.low_quality)  # which is a setting there
+    return [
+        f"roi_head.bbox_head: type='{kind}', in_channels={detector.channels}, fc_out_channels={detector.head.width}, "
+        f"reg_class_agnostic={any_class(detector)}{norm}",
+        f"train_cfg.rcnn.assigner: match_low_quality={detector.rules.low_quality}",
+        *otherwise(detector.rules, there, "want model.conventions=mmdet before"),
+    ]
 
 
 def _arguments(name: str, state: Mapping[str, Tensor], num_classes: int | None) -> dict[str, Any]:

@@ -6,12 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from aligndet.models.fcos import FCOS
-from aligndet.models.retinanet import RetinaNet
 from aligndet.models.transformer import Transformer
-from aligndet.models.two_stage import TwoStage
 from aligndet.protocol import Detector
 
 # (prefix of the names here, prefix of the names there); what follows a prefix is the same on both sides.
@@ -113,28 +110,6 @@ def names_there(detector: Detector, pairs: Sequence[Pair], changes: Sequence[Cha
     if foreign:
         raise ValueError(f"no counterpart for {', '.join(foreign)}")
     return found
-
-
-def normed_neck(detector: FCOS | RetinaNet | TwoStage) -> bool:
-    """Whether norms follow the convolutions of its pyramid."""
-    return isinstance(detector.neck.lateral[0], nn.Sequential)
-
-
-def unusual_sizes(detector: FCOS | RetinaNet | TwoStage) -> list[str]:
-    """One line that names the sizes in which the detector differs from other libraries' configs; none if in none."""
-    found = {"channels": (detector.channels, 256)}
-    if isinstance(detector, TwoStage):
-        found |= {"width of the box head": (detector.head.width, 1024)}
-    else:
-        convolutions = sum(isinstance(layer, nn.Conv2d) for layer in detector.head.classification)
-        found |= {"levels of the pyramid": (len(detector.strides), 5), "convolutions of the head": (convolutions, 4)}
-    other = [f"{name} {value} (usual {usual})" for name, (value, usual) in found.items() if value != usual]
-    return [f"sizes: {', '.join(other)}"] if other else []
-
-
-def no_backbone(library: str, detector: Detector, known: str) -> ValueError:
-    """The error for a backbone whose layers have no names in another library."""
-    return ValueError(f"{library} has no counterpart of the backbone {type(detector.backbone).__name__}; want {known}")
 
 
 def transformer_pairs(head: Transformer, root: str, parts: Mapping[str, str]) -> list[Pair]:

@@ -8,10 +8,22 @@ from typing import Any
 
 from torch import Tensor
 
-from aligndet.interop.renaming import Change, Pair, fill, names_there, no_backbone, normed_neck, rolled, unusual_sizes
+from aligndet.interop.renaming import Change, Pair, fill, names_there, rolled
+from aligndet.interop.wanted import (
+    Pyramidal,
+    any_class,
+    depth_of,
+    no_backbone,
+    normed_neck,
+    other_resnet,
+    otherwise,
+    shares_line,
+    towers_of,
+)
 from aligndet.models import FCOS, RetinaNet, build_detector
 from aligndet.models.backbones import MobileNetV2, ResNet
 from aligndet.models.backbones.mobilenet import OUTPUTS
+from aligndet.models.conventions import ANCHORS, DENSE, REGIONS
 from aligndet.models.roi_head import BOX_HEADS
 from aligndet.models.two_stage import TwoStage
 from aligndet.protocol import Detector
@@ -86,38 +98,99 @@ def build_arguments(
 def to_state_dict(detector: Detector) -> dict[str, Tensor]:
     """The detector's tensors under torchvision's names, ready for ``load_state_dict`` of its model.
 
-    Exact in the values; whether the model computes the same depends on ``detector.conventions``, which
-    ``from_state_dict`` and ``build_detector(conventions="torchvision")`` set.
+    Exact in the values; ``settings`` says what the model has to be built with to compute the same.
 
     Raises:
-        ValueError: torchvision has no place for some tensors, listed with their shapes.
+        ValueError: torchvision has no place for some tensors, listed with their shapes; or it has one, and computes
+            something else with them whatever it is told.
     """
     pairs, changes = _names(detector)
+    wrong, state = _computed_otherwise(detector), {}
     try:
-        return names_there(detector, pairs, changes)
+        state = names_there(detector, pairs, changes)
     except ValueError as error:
-        if isinstance(detector, FCOS) and not detector.rules.linear:
-            raise ValueError(f"{error}; want model.conventions=torchvision, set before pre-training") from None
-        raise
+        wrong.insert(0, str(error))
+    if wrong:
+        linear = not isinstance(detector, FCOS) or detector.rules.linear
+        advice = "" if linear else "; want model.conventions=torchvision, set before pre-training"
+        raise ValueError(f"torchvision: {'; '.join(wrong)}{advice}")
+    return state
+
+
+def _computed_otherwise(detector: Detector) -> list[str]:
+    """What no model of torchvision computes, although tensors of the same names and shapes may be there."""
+    wrong = other_resnet(detector.backbone)
+    if isinstance(detector, TwoStage) and any_class(detector):
+        wrong += ["want a box for each class, got one for all"]
+    if isinstance(detector, (FCOS, RetinaNet)) and len(detector.strides) != 5:
+        wrong += [f"want a pyramid of 5 levels (model.levels), got {len(detector.strides)}"]
+    if isinstance(detector, RetinaNet) and towers_of(detector) != 4:
+        wrong += [f"want 4 convolutions in RetinaNet's towers (model.convolutions), got {towers_of(detector)}"]
+    if isinstance(detector, RetinaNet) and (detector.rules.extra, detector.neck.inputs[-1]) == (
+        "input",
+        detector.channels,
+    ):
+        wrong += [f"where C5 and P5 both have {detector.channels} channels P6 is made of P5, got P6 of C5"]
+    return wrong
 
 
 def settings(detector: Detector) -> list[str]:
-    """What the model there has to be built with, a line each, to compute with these weights what ``detector`` does."""
-    assert isinstance(detector, (FCOS, RetinaNet, TwoStage))
-    lines = unusual_sizes(detector)
-    if not detector.conventions.startswith("torchvision"):
-        lines += ["anchors, box coding and RoIAlign are not torchvision's; want model.conventions=torchvision before"]
-    if isinstance(detector.backbone, MobileNetV2):
-        levels = {str(layer): str(number) for number, layer in enumerate(OUTPUTS)}
-        chosen = levels if isinstance(detector, TwoStage) else dict(list(levels.items())[1:])
-        lines += [f"backbone: BackboneWithFPN(mobilenet_v2().features, return_layers={chosen}, ...)"]
-    if isinstance(detector, RetinaNet) and detector.rules.extra == "input":
-        lines += [f"backbone: extra_blocks=LastLevelP6P7({detector.neck.inputs[-1]}, {detector.channels})"]
-    if normed_neck(detector):
-        lines += ["backbone: norm_layer=BatchNorm2d"]
-    if isinstance(detector, TwoStage) and detector.box_head == "4conv1fc" and detector.head_norm is None:
-        lines += ["box head: FastRCNNConvFCHead with 4 convolutions, 1 fully connected layer and no norm"]
-    return lines
+    """What the model there has to be built with, a line each, to compute with these weights what ``detector`` does.
+
+    Raises:
+        ValueError: torchvision has no such detector or backbone.
+    """
+    _names(detector)
+    advice = "want model.conventions=torchvision before pre-training"
+    if isinstance(detector, FCOS):
+        lines = otherwise(detector.rules, DENSE["torchvision"], advice)
+        lines += [f"head: FCOSHead(..., num_convs={towers_of(detector)})"] if towers_of(detector) != 4 else []
+    elif isinstance(detector, RetinaNet):
+        row = "torchvision_v2" if detector.rules.norm else "torchvision"
+        lines = otherwise(detector.rules, ANCHORS[row], advice)
+    else:
+        assert isinstance(detector, TwoStage)
+        lines = otherwise(detector.rules, REGIONS["torchvision"], advice) + _box_head(detector)
+    return [*lines, *shares_line(detector), *_backbone(detector)]
+
+
+def _backbone(detector: Pyramidal) -> list[str]:
+    """The constructor of a backbone that the builders do not make by themselves; it can be evaluated."""
+    inputs, channels = detector.neck.inputs, detector.channels
+    usual = normed_neck(detector) == (isinstance(detector, TwoStage) and detector.head_norm is not None)
+    from_c5 = isinstance(detector, RetinaNet) and detector.rules.extra == "input"
+    if isinstance(detector, RetinaNet):
+        usual = usual and from_c5 == detector.rules.norm
+    if isinstance(detector.backbone, ResNet):
+        if usual and channels == 256 and depth_of(detector.backbone) == 50:
+            return []
+        body, layers = f"resnet{depth_of(detector.backbone)}()", [f"layer{i}" for i in range(1, 5)]
+    else:
+        assert isinstance(detector.backbone, MobileNetV2)
+        width = detector.backbone.width
+        body = f"mobilenet_v2({'' if width == 1 else f'width_mult={width}'}).features"
+        layers = [str(layer) for layer in OUTPUTS]
+    levels = {name: str(number) for number, name in enumerate(layers[-len(inputs) :])}
+    words = [body, str(levels), str(list(inputs)), str(channels)]
+    if not isinstance(detector, TwoStage):
+        words += [f"extra_blocks=LastLevelP6P7({inputs[-1] if from_c5 else channels}, {channels})"]
+    words += ["norm_layer=BatchNorm2d"] if normed_neck(detector) else []
+    return [f"backbone: BackboneWithFPN({', '.join(words)})"]
+
+
+def _box_head(detector: TwoStage) -> list[str]:
+    """Box heads that the builders do not make by themselves."""
+    width, normed, channels = detector.head.width, detector.head_norm is not None, detector.channels
+    if detector.box_head == "2fc":
+        line = f"box head: TwoMLPHead({49 * channels}, {width})"
+        usual = not normed
+    else:
+        norm = ", norm_layer=BatchNorm2d" if normed else ""
+        line = f"box head: FastRCNNConvFCHead(({channels}, 7, 7), {[channels] * 4}, [{width}]{norm})"
+        usual = normed
+    if usual and width == 1024:
+        return []
+    return [line] if width == 1024 else [line, f"box predictor: FastRCNNPredictor({width}, classes)"]
 
 
 def _names(detector: Detector) -> tuple[list[Pair], list[Change]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -160,11 +161,19 @@ def test_images_that_were_unreadable_before_an_interruption_count(
     arguments = command(folder, "broken_twice.npz")
     arguments[arguments.index("--images") + 1] = str(tmp_path / "images")
     monkeypatch.setattr(cluster, "SAVE_EVERY", 2)
-    original = cluster.improve
-    monkeypatch.setattr(cluster, "improve", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    original, count = cluster.read_proposed, 0
+
+    def killed(*arguments: Any) -> Any:
+        nonlocal count
+        count += 1
+        if count > 13:  # 9 for the components, then the broken one and three more
+            raise KeyboardInterrupt
+        return original(*arguments)
+
+    monkeypatch.setattr(cluster, "read_proposed", killed)
     with pytest.raises(SystemExit):
         cli.main(arguments)
-    monkeypatch.setattr(cluster, "improve", original)
+    monkeypatch.setattr(cluster, "read_proposed", original)
     capsys.readouterr()
     assert cli.main(arguments) == 0
     assert "1 images could not be read" in capsys.readouterr().out

@@ -22,7 +22,7 @@ class MobileNetV2(nn.Module):
 
     def __init__(self, width: float = 1.0, norm: str = "frozen", frozen_stages: int = 1) -> None:
         super().__init__()
-        self.strides = (4, 8, 16, 32)
+        self.strides, self.width = (4, 8, 16, 32), width
         # torchvision initialises only its own norm classes by type, and the frozen one starts as the identity anyway.
         self.features = mobilenet_v2(weights=None, width_mult=width, norm_layer=NORMS[norm]).features
         self.channels = tuple(_outputs(self.features[layer]) for layer in OUTPUTS)

@@ -34,7 +34,6 @@ DECIDES = {
     "sampling_ratio": "RoIAlign",
     "aligned": "RoIAlign",
     "low_quality": "low-quality matches",
-    "snapped": "masks",
 }
 
 

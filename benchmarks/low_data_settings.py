@@ -61,7 +61,7 @@ SETS = {
         finetune=LARGER + PERSONS,
     ),
     "coco_people": Set(
-        (Setting(100, 100), Setting(100, 300)),
+        (Setting(100, 100), Setting(50, 100), Setting(100, 300)),
         ("--mode", "fast", "--size", "384"),
         pretrain=LARGER,
         finetune=LARGER + PERSONS,

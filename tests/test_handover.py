@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -29,13 +30,29 @@ MODELS = {
     "mask_rcnn": ("maskrcnn_resnet50_fpn", {"box_head": "2fc"}),
 }
 # What the lines for torchvision are made of.
-CONSTRUCTORS = {
+CONSTRUCTORS: dict[str, Any] = {
     "BackboneWithFPN": BackboneWithFPN,
     "BatchNorm2d": nn.BatchNorm2d,
     "LastLevelP6P7": LastLevelP6P7,
     "mobilenet_v2": torchvision.models.mobilenet_v2,
     "resnet18": torchvision.models.resnet18,
 }
+
+
+def constructed(text: str) -> nn.Module:
+    """The module that a line describes, of CONSTRUCTORS and constants alone: calls, ``.features``, names, literals."""
+
+    def value(node: ast.expr) -> Any:
+        if isinstance(node, ast.Call):
+            return value(node.func)(*map(value, node.args), **{str(k.arg): value(k.value) for k in node.keywords})
+        if isinstance(node, ast.Attribute):
+            assert node.attr == "features"
+            return value(node.value).features
+        return CONSTRUCTORS[node.id] if isinstance(node, ast.Name) else ast.literal_eval(node)
+
+    found = value(ast.parse(text, mode="eval").body)
+    assert isinstance(found, nn.Module)
+    return found
 
 
 def pretrained_file(path: Path, name: str, **options: object) -> Detector:
@@ -126,7 +143,7 @@ def test_a_mobilenet_goes_into_torchvision_s_pyramid(
     state = converted(tmp_path / "p.pt", "torchvision", "--num-classes", "3")
     lines = capsys.readouterr().out.splitlines()
     text = next(line for line in lines if line.startswith("torchvision: backbone: "))
-    body = eval(text.removeprefix("torchvision: backbone: "), CONSTRUCTORS)
+    body = constructed(text.removeprefix("torchvision: backbone: "))
     given = {key.removeprefix("backbone."): value for key, value in state.items() if key.startswith("backbone.")}
     result = body.load_state_dict(given, strict=False)
     assert not result.unexpected_keys
@@ -204,7 +221,7 @@ def test_norms_of_the_pyramid_keep_their_place(tmp_path: Path, capsys: pytest.Ca
         assert torch.equal(state[weight], online["neck.lateral.1.0.weight"])
         assert torch.equal(state[norm], online["neck.lateral.1.1.weight"])
     text = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("torchvision: backbone: "))
-    body = eval(text.removeprefix("torchvision: backbone: "), CONSTRUCTORS)
+    body = constructed(text.removeprefix("torchvision: backbone: "))
     state = converted(tmp_path / "p.pt", "torchvision", "--num-classes", "3")
     assert {f"backbone.{key}" for key in body.fpn.state_dict() if "fpn" in key} <= set(state)
     assert not [key for key in body.state_dict() if f"backbone.{key}" not in state and "num_batches" not in key]

@@ -9,7 +9,16 @@ from typing import Any
 from torch import Tensor
 
 from aligndet.interop.renaming import Change, Pair, fill, names_there, reordered
-from aligndet.interop.wanted import any_class, depth_of, no_backbone, normed_neck, otherwise, pixels_of, towers_of
+from aligndet.interop.wanted import (
+    CAFFE_STD,
+    any_class,
+    depth_of,
+    no_backbone,
+    normed_neck,
+    otherwise,
+    pixels_of,
+    towers_of,
+)
 from aligndet.models import RetinaNet, build_detector
 from aligndet.models.backbones import ResNet
 from aligndet.models.conventions import ANCHORS, REGIONS
@@ -20,7 +29,7 @@ from aligndet.protocol import Detector
 NAME = re.compile(r"^(retinanet|faster_rcnn|mask_rcnn)_R_(50|101)_FPN(?:_|$)")
 # Constants that older files hold beside the weights.
 CONSTANTS = re.compile(r"(^pixel_(mean|std)$|anchor_generator\.cell_anchors\.)")
-PIXEL_MEAN, PIXEL_STD = (123.675, 116.28, 103.53), (1.0, 1.0, 1.0)  # RGB here, BGR there
+PIXEL_MEAN = (123.675, 116.28, 103.53)  # RGB here, BGR there
 
 
 def from_state_dict(name: str, state_dict: Mapping[str, Tensor]) -> Detector:
@@ -59,7 +68,7 @@ def build_arguments(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, An
         "num_classes": outputs // 9 if dense else outputs - 1,
         "stride_in_1x1": True,
         "pixel_mean": PIXEL_MEAN,
-        "pixel_std": PIXEL_STD,
+        "pixel_std": CAFFE_STD,
         "conventions": "detectron2",
         **({} if dense else {"box_head": box_head}),
     }
@@ -109,7 +118,7 @@ def settings(detector: Detector) -> list[str]:
 
 
 def _names(detector: Detector) -> tuple[list[Pair], list[Change]]:
-    changes = [reordered("backbone.conv1.", (2, 1, 0), dim=1)] if detector.pixel_std == PIXEL_STD else []
+    changes = [reordered("backbone.conv1.", (2, 1, 0), dim=1)] if detector.pixel_std == CAFFE_STD else []
     if isinstance(detector, RetinaNet):
         pairs = _backbone(detector) + _pyramid(3, normed_neck(detector)) + _retinanet()
         each = detector.shapes.per_cell

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from aligndet.interop.renaming import Change, Pair, fill, names_there, reordered, transformer_pairs
 from aligndet.interop.wanted import (
+    CAFFE_STD,
     any_class,
     depth_of,
     detr_sizes,
@@ -31,7 +32,6 @@ from aligndet.protocol import Detector
 # mmdet's names of configs, with underscores or hyphens and anything after the part that matters.
 NAME = re.compile(r"^(fcos|retinanet|faster_rcnn|mask_rcnn|detr)_r(18|34|50|101)(_caffe)?(?:_|$)")
 CAFFE_MEAN = {"fcos": (122.7717, 115.9465, 102.9801)}  # RGB, of 0 .. 255; the others' is the usual one
-CAFFE_STD = (1.0, 1.0, 1.0)
 LAYER = ("conv", "bn")
 MOBILENET = (1, 2, 3, 4, 3, 3, 1)  # blocks of each of MobileNetV2's layers
 SCORE = {"fcos": "conv_cls", "retinanet": "retina_cls", "detr": "fc_cls"}

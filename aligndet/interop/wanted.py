@@ -15,6 +15,7 @@ from aligndet.models.two_stage import TwoStage
 from aligndet.protocol import Detector
 
 Pyramidal = FCOS | RetinaNet | TwoStage
+CAFFE_STD = (1.0, 1.0, 1.0)  # of images that are BGR there
 STEM = 64  # channels of a ResNet's first convolution at its usual width
 # What a rule of ``models.conventions`` decides; the others leave boxes as they are.
 DECIDES = {
@@ -48,7 +49,7 @@ def otherwise(
 
 def pixels_of(detector: Detector) -> tuple[bool, list[float], list[float]]:
     """Whether images there are BGR, as for weights of Caffe, and their mean and standard deviation in that order."""
-    blue_first = detector.pixel_std == (1.0, 1.0, 1.0)
+    blue_first = detector.pixel_std == CAFFE_STD
     order = -1 if blue_first else 1
     return blue_first, list(detector.pixel_mean)[::order], list(detector.pixel_std)[::order]
 

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from aligndet.ops.batch_norm import RowNorm
 from aligndet.protocol import Detector
 from aligndet.structures import Batch, Targets
 
@@ -28,7 +29,8 @@ class SoCo(nn.Module):
     Source:
         SoCo (arXiv:2106.02637), section 3: object-level BYOL on selective-search boxes with RoIAlign features. Differs
         in the views: there crops of which one is a quarter the size; here the two views that AlignDet sees, so that the
-        methods can be compared. Projector and predictor as in BYOL (arXiv:2006.07733).
+        methods can be compared. Projector and predictor as in BYOL (arXiv:2006.07733), with batch norm over the boxes
+        of all ranks; fewer than two boxes in all are normalised by the running statistics.
     """
 
     def __init__(self, detector: Detector, *, embedding: int = 256, hidden: int = 4096) -> None:
@@ -89,10 +91,8 @@ def _distance(predicted: Tensor, projected: Tensor) -> Tensor:
 
 
 def _two_layers(inputs: int, hidden: int, outputs: int) -> nn.Sequential:
-    # Layer norm in the place of BYOL's batch norm: rows are boxes, of which an image or a rank may have one or none.
-    return nn.Sequential(
-        nn.Linear(inputs, hidden), nn.LayerNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs)
-    )
+    # Statistics over boxes keep BYOL from one answer for all of them, which layer norm has reached after 20 steps.
+    return nn.Sequential(nn.Linear(inputs, hidden), RowNorm(hidden), nn.ReLU(inplace=True), nn.Linear(hidden, outputs))
 
 
 def _probe(detector: Detector) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,13 +10,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from aligndet.engine import distributed
 from aligndet.engine.ema import EMA
 from aligndet.models import DETECTORS, build_detector
 from aligndet.protocol import Detector
 from aligndet.soco import SoCo
 from aligndet.structures import Batch, Targets
 from aligndet.weights import export_pretrained, load_pretrained
-from tests.scenes import views_of
+from tests.ranks import forked
+from tests.scenes import batch_of, boxes_for, views_of
 
 everyone = pytest.mark.parametrize("name", list(DETECTORS))
 
@@ -90,3 +93,46 @@ def test_views_without_a_common_box_cost_nothing(name: str) -> None:
         assert loss == 0
         loss.backward()
         assert not [key for key, value in model.named_parameters() if value.requires_grad and value.grad is None]
+    loss = model(picked(view1, [0, 2]), picked(view2, [0, 1]))["region"]  # one box has no statistics of its own
+    assert 0 < loss < 4
+    loss.backward()
+    assert all(value.grad.isfinite().all() for value in model.parameters() if value.grad is not None)
+
+
+def one_rank_without_boxes(rank: int) -> None:
+    warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides")
+    world = distributed.start("cpu")
+    model = torch.nn.parallel.DistributedDataParallel(SoCo(small("fcos"), embedding=8, hidden=16).train())
+    loss = model(*views_of((0, 0) if rank else (3, 2)))["region"]
+    loss.backward()
+    assert (loss == 0) == bool(rank)
+    gradients = [value.grad for value in model.parameters() if value.requires_grad]
+    assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    assert any(gradient is not None and gradient.any() for gradient in gradients)
+    distributed.stop(world)
+
+
+def test_a_rank_without_boxes_waits_for_nobody(tmp_path: Path) -> None:
+    ranks = forked(one_rank_without_boxes, tmp_path)
+    assert [code for code, _ in ranks] == [0, 0], ranks
+
+
+def test_boxes_do_not_collapse_onto_one_vector() -> None:
+    """Forty steps: with layer norm in the place of batch norm all predictions point the same way after twenty."""
+    model = SoCo(small("fcos"), embedding=32, hidden=256).train()
+    average = EMA(model.averaged, model.momentum)
+    optimizer = torch.optim.AdamW([value for value in model.parameters() if value.requires_grad], 1e-3)
+    generator = torch.Generator().manual_seed(5)
+    for step in range(40):
+        boxes = [boxes_for(12, 96, generator) for _ in range(4)]
+        model(batch_of(boxes, seed=step), batch_of([b + 3 for b in boxes], seed=step))["region"].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        average.update(0.99)
+    view = batch_of(boxes, seed=99)
+    with torch.no_grad():
+        features = model.online.features(view.images, view.sizes)
+        regions = model.online.region_features(features, view.targets.boxes, view.targets.image, 96)
+        predicted = F.normalize(model.predictor(model.projector(regions)), dim=1)
+    # One minus the mean cosine of all pairs: 0 for one vector. 0.0002 with layer norm.
+    assert 1 - predicted.mean(dim=0).square().sum() > 0.1

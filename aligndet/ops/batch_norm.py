@@ -1,4 +1,4 @@
-"""Batch norm over the images of all ranks, on any device."""
+"""Batch norm over the images, or the rows, of all ranks, on any device."""
 
 from __future__ import annotations
 
@@ -28,23 +28,57 @@ class SyncBatchNorm(nn.BatchNorm2d):
             return OnGPUs.apply(x, self.weight, self.bias, *moving, *numbers)
         with torch.autocast(x.device.type, enabled=False):
             mean, variance, number = _over_ranks(x.float())
-            self._move(mean.detach(), variance.detach() * number / (number - 1))
-            scale = (variance + self.eps).rsqrt() * self.weight  # [C]
-            shift = self.bias - mean * scale  # [C]
+            _move(self, mean, variance, number)
+            scale, shift = _scale_and_shift(self, mean, variance)
             return (x.float() * scale[:, None, None] + shift[:, None, None]).to(x.dtype)
 
-    def _move(self, mean: Tensor, variance: Tensor) -> None:
-        """Move the running statistics, each [C]."""
-        assert self.running_mean is not None and self.running_var is not None and self.momentum is not None
-        self.running_mean.lerp_(mean, self.momentum)
-        self.running_var.lerp_(variance, self.momentum)
+
+class RowNorm(nn.BatchNorm1d):
+    """Batch norm of rows [N, C] with the statistics of the rows of all ranks, of which a rank may have one or none.
+
+    Fewer than two rows in all have no statistics: they are normalised by the running ones, which then stay.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """float [N, C] -> float [N, C]."""
+        if not self.training or (len(x) > 1 and not several_ranks()):
+            return super().forward(x)
+        with torch.autocast(x.device.type, enabled=False):
+            mean, variance, number = _over_ranks(x.float())
+            if number < 2:
+                assert self.running_mean is not None and self.running_var is not None
+                mean, variance = 0 * mean + self.running_mean, 0 * variance + self.running_var
+            else:
+                _move(self, mean, variance, number)
+            scale, shift = _scale_and_shift(self, mean, variance)
+            return (x.float() * scale + shift).to(x.dtype)
+
+
+def _move(norm: nn.BatchNorm1d | nn.BatchNorm2d, mean: Tensor, variance: Tensor, number: float) -> None:
+    """Move the running statistics towards a mean and a biased variance of ``number`` values, each [C]."""
+    assert norm.running_mean is not None and norm.running_var is not None and norm.momentum is not None
+    norm.running_mean.lerp_(mean.detach(), norm.momentum)
+    norm.running_var.lerp_(variance.detach() * number / (number - 1), norm.momentum)
+
+
+def _scale_and_shift(norm: nn.BatchNorm1d | nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """What normalises by the statistics and applies the affine parameters as ``x * scale + shift``, each [C]."""
+    scale = (variance + norm.eps).rsqrt() * norm.weight
+    return scale, norm.bias - mean * scale
 
 
 def _over_ranks(x: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Mean [C] and biased variance [C] of [B, C, H, W] over all ranks, with a graph, and how many values each has."""
+    """Mean [C] and biased variance [C] of [N, C, ...] over all ranks, with a graph, and how many values each has.
+
+    Zeros where no rank has a value.
+    """
     own = x.numel() // x.shape[1]
-    variance, mean = torch.var_mean(x, dim=(0, 2, 3), correction=0)
+    each = (0, *range(2, x.ndim))
+    variance, mean = torch.var_mean(x, dim=each, correction=0) if own else (x.sum(dim=each), x.sum(dim=each))
+    if not several_ranks():
+        return mean, variance, own
     sums = SumOverRanks.apply(torch.cat([own * mean, mean.new_tensor([own])]))
-    number, total = sums[-1].item(), sums[:-1] / sums[-1].item()
+    number = sums[-1].item()
+    total = sums[:-1] / max(1.0, number)
     squares = SumOverRanks.apply(own * (variance + (mean - total) ** 2))
-    return total, squares / number, number
+    return total, squares / max(1.0, number), number

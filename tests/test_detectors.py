@@ -284,3 +284,13 @@ def test_candidates_of_retinanet_count_the_images() -> None:
     assert isinstance(candidates, RetinaNetCandidates)
     assert candidates.images == 2
     assert len(candidates.image) == 2 * sum(candidates.counts)
+
+
+@pytest.mark.parametrize("classes", [1, 3, 80])
+def test_untrained_masks_say_nothing_however_few_the_classes(classes: int) -> None:
+    """A loss of ln 2 each; by fan-out a single class would cost 5 to 14, and its gradient drown all others."""
+    torch.manual_seed(0)
+    detector = build_detector("mask_rcnn", "resnet18", classes, width=0.25, channels=64)
+    batch = with_masks(views_of((3, 2))[0])
+    loss = FineTune(detector)(batch)["mask"]
+    assert abs(loss.item() - 0.6931) < 0.05

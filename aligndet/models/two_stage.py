@@ -15,7 +15,7 @@ from aligndet.models.backbones import Backbone
 from aligndet.models.conventions import REGIONS, rules_of
 from aligndet.models.fpn import FPN
 from aligndet.models.priors import AnchorShapes
-from aligndet.models.roi_head import BoxHead, MaskHead, kaiming, linear, own_class
+from aligndet.models.roi_head import BoxHead, MaskHead, linear, own_class
 from aligndet.models.rpn import RPN, Objectness
 from aligndet.ops.boxes import clip
 from aligndet.ops.coders import DeltaCoder
@@ -114,7 +114,10 @@ class TwoStage(Detector):
         self.mask_head = MaskHead(channels, head_norm) if self.needs_masks else None
         if self.needs_masks:
             mask = nn.Conv2d(channels, entries, 1)
-            kaiming(mask)
+            # Not by fan-out, the number of classes: logits of one class would be noise of size 14, its gradient that of
+            # the whole detector.
+            nn.init.normal_(mask.weight, std=0.001)
+            mask.bias = nn.Parameter(torch.zeros(entries))
             self.predictors["mask"] = mask
 
     def ignore_classes(self) -> None:

@@ -104,8 +104,8 @@ class MethodConfig:
     name: str = knob("aligndet", choices=("aligndet", "soco"), tasks=(PRETRAIN,))  # soco: the paper's competitor
     temperature: float = knob(0.5, above=0, tasks=(PRETRAIN,))  # method 2.6
     embedding: int = knob(256, above=0, tasks=(PRETRAIN,))  # D, outputs of the projection
-    # Sampling of candidates, positives first; null is the detector's own (method 2.5): fcos 2048 per batch, retinanet
-    # 2048 per image, two-stage 4096 per image without background, detr all. Anchors of an RPN: always 4096 with.
+    # Sampling of candidates, positives first; null is the detector's own (method 2.5): fcos 1024 per image, retinanet
+    # 2048, two-stage 4096 without background, detr all. Anchors of an RPN: always 4096 with.
     candidates: int | None = knob(None, above=0, tasks=(PRETRAIN,))  # most candidates per view
     scope: str | None = knob(None, choices=("batch", "image"), tasks=(PRETRAIN,))  # what `candidates` counts over
     background: float | None = knob(None, least=0, tasks=(PRETRAIN,))  # share of them kept free for background

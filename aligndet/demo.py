@@ -133,7 +133,7 @@ def _pretrain(out: Path, recipe: Recipe, backbone: str, proposals: str) -> dict[
         "task": settings.PRETRAIN,
         "model": MODEL | {"backbone_weights": backbone},
         "data": {"images": str(out / "scenes/images"), "proposals": proposals} | _sides(recipe),
-        "method": {"momentum": 0.99, "candidates": 1024, "embedding": 64},
+        "method": {"momentum": 0.99, "candidates": 1024, "scope": "batch", "embedding": 64},
         "optim": {
             "name": "adamw",
             "lr": 1e-3,

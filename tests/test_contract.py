@@ -107,6 +107,21 @@ def test_losses_of_an_image_repeated_are_those_of_the_image(name: str) -> None:
         assert repeated[key].item() == pytest.approx(loss.item(), rel=2e-4), key
 
 
+@everyone
+def test_what_pre_training_keeps_of_an_image_does_not_depend_on_how_many_there_are(name: str) -> None:
+    """A bound over all images of a pass would leave 16 images on one GPU an eighth of what 2 of them have."""
+    sampling = build_detector(name, "resnet18", 1, width=0.25, channels=32).sampling
+    if sampling is None:  # all are kept
+        return
+    number = 2 * sampling.limit
+    kept = []
+    for images in (1, 5):
+        image = torch.arange(images).repeat_interleave(number)
+        rows = sampling(torch.zeros(images * number, dtype=torch.int64), image)
+        kept.append(torch.bincount(image[rows], minlength=images))
+    assert kept[0].tolist() == [sampling.limit] and kept[1].tolist() == [sampling.limit] * 5
+
+
 def normalisers(candidates: Candidates, targets: Targets) -> dict[str, float]:
     """What each loss of a single image is divided by, where its form is a sum over candidates or pixels."""
     assert candidates.matched is not None

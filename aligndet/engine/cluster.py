@@ -34,6 +34,8 @@ from aligndet.protocol import Detector, normalise, pooled_mean
 from aligndet.weights import load_backbone
 
 SAVE_EVERY = 50  # images between two notes of how far features have come
+STRIDE = 32  # px, of the last map of every backbone
+TOO_SMALL = 2.0  # cells; of smaller boxes clusters tell images apart rather than objects (docs/decisions.md)
 SAMPLE = 100_000  # boxes that the first centres are chosen from
 
 
@@ -116,7 +118,23 @@ def run(args: argparse.Namespace) -> int:
         f"(median {int(np.median(used))}); {steps} steps, mean squared distance {cost:.4g}; "
         f"{len(extractor.unread)} images could not be read"
     )
+    side = median_side(proposals, settings)
+    if side < TOO_SMALL:
+        print(
+            f"the median box is {side:.1f} cells of the features wide and high: its surroundings say more of its "
+            "pseudo-class than it does; take a larger --short-side and --long-side"
+        )
     return 0
+
+
+def median_side(proposals: ProposalFile, settings: Settings) -> float:
+    """The square root of the median box's area, in cells of the backbone's last map."""
+    sides = [np.zeros(0)]
+    for row, (height, width) in enumerate(proposals.sizes.tolist()):
+        boxes, short, long = proposals.boxes_of(row), settings.short_side, settings.long_side
+        scale = min(long / max(height, width), short / min(height, width))
+        sides.append(np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])) * scale / STRIDE)
+    return float(np.median(np.concatenate(sides)))
 
 
 @dataclass

@@ -10,6 +10,7 @@ from functools import partial
 
 import numpy as np
 import torch
+from torch import nn
 
 from aligndet import config as settings
 from aligndet.config import Config
@@ -25,7 +26,10 @@ from aligndet.engine.open_run import Run, open_run
 from aligndet.engine.optim import build_optimizer, parameter_table
 from aligndet.engine.schedules import learning_rate_factor, momentum_at, scaled_learning_rate
 from aligndet.engine.stages import Stage
+from aligndet.ops.batch_norm import SyncBatchNorm
 from aligndet.structures import Batch
+
+FEW = 8  # images
 
 
 def prepare(config: Config, world: World) -> Training:
@@ -148,6 +152,8 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
         warmup=optim.warmup,
         warmup_ratio=optim.warmup_ratio,
     )
+    if thin := _thin_statistics(stage.model, optim.batch // (optim.accumulate * world.size), world.size):
+        log.warning(0, thin)
     every = config.eval_every or per_epoch * (config.eval_every_epochs or 0)
     return Training(
         model=stage.model,
@@ -171,6 +177,7 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
         average=None if config.ema is None else ModelAverage(stage.model, config.ema),
         validation=_validation(stage, every, config.early_stop, steps),
         save_every=config.save_every,
+        export=stage.export,
         keep=config.keep_checkpoints,
         nonfinite=config.nonfinite,
         profile=config.profile,
@@ -178,8 +185,24 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
     )
 
 
+def _thin_statistics(model: nn.Module, images: int, ranks: int) -> str:
+    """What is to be said where batch norms in training see few images; empty where they do not.
+
+    ``images`` of a rank in one pass: passes that are accumulated have statistics of their own.
+    """
+    # Not those that only become fixed when training begins.
+    norms = [norm for norm in model.modules() if type(norm) in (nn.BatchNorm2d, SyncBatchNorm) and norm.training]
+    number = images * ranks if all(isinstance(norm, SyncBatchNorm) for norm in norms) else images
+    if not norms or number >= FEW:
+        return ""
+    return (
+        f"batch norms have the statistics of {number} images of a pass; below {FEW} these are noisy: take a smaller "
+        "optim.accumulate, or norms that keep the statistics of the backbone's weights (model.norm=affine or frozen)"
+    )
+
+
 def _validation(stage: Stage, every: int, patience: int | None, steps: int) -> Validation | None:
-    if not every or stage.measure is None or stage.export is None:
+    if not every or stage.measure is None:
         return None
     if every * (1 + (patience or 0)) >= steps:  # known only here, where steps and epochs can be compared
         stop = "" if patience is None else f" and early_stop {patience}"

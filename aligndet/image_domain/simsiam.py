@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from aligndet.models.backbones import Backbone
+from aligndet.ops.batch_norm import RowNorm
 from aligndet.protocol import Detector, normalise
 from aligndet.structures import Batch
 
@@ -21,7 +22,8 @@ class SimSiam(nn.Module):
 
     Source:
         Section 3 of the paper: 3-layer projector and 2-layer predictor with batch norm, none after the last layers
-        but for the projector's, which has no affine parameters.
+        but for the projector's, which has no affine parameters. All norms of projector and predictor are over the
+        images of all ranks, as its authors' are; those of the backbone with ``norm`` "sync".
     """
 
     def __init__(self, backbone: Backbone, *, projection: int = 2048, bottleneck: int = 512) -> None:
@@ -31,7 +33,7 @@ class SimSiam(nn.Module):
             *_layer(backbone.channels[-1], projection),
             *_layer(projection, projection),
             nn.Linear(projection, projection, bias=False),
-            nn.BatchNorm1d(projection, affine=False),
+            RowNorm(projection, affine=False),
         )
         self.predictor = nn.Sequential(*_layer(projection, bottleneck), nn.Linear(bottleneck, projection))
 
@@ -62,7 +64,7 @@ class SimSiam(nn.Module):
 
 
 def _layer(inputs: int, outputs: int) -> list[nn.Module]:
-    return [nn.Linear(inputs, outputs, bias=False), nn.BatchNorm1d(outputs), nn.ReLU(inplace=True)]
+    return [nn.Linear(inputs, outputs, bias=False), RowNorm(outputs), nn.ReLU(inplace=True)]
 
 
 def _distance(prediction: Tensor, projection: Tensor) -> Tensor:

@@ -63,8 +63,10 @@ def _move(norm: nn.BatchNorm1d | nn.BatchNorm2d, mean: Tensor, variance: Tensor,
 
 def _scale_and_shift(norm: nn.BatchNorm1d | nn.BatchNorm2d, mean: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
     """What normalises by the statistics and applies the affine parameters as ``x * scale + shift``, each [C]."""
-    scale = (variance + norm.eps).rsqrt() * norm.weight
-    return scale, norm.bias - mean * scale
+    scale = (variance + norm.eps).rsqrt()
+    if not norm.affine:
+        return scale, -mean * scale
+    return scale * norm.weight, norm.bias - mean * scale * norm.weight
 
 
 def _over_ranks(x: Tensor) -> tuple[Tensor, Tensor, float]:

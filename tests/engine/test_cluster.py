@@ -14,7 +14,7 @@ import torch
 import torchvision
 
 from aligndet import cli
-from aligndet.data.proposals import open_proposals
+from aligndet.data.proposals import open_proposals, write_proposals
 from aligndet.data.synthetic import make_scenes
 from aligndet.data.views import ViewPairs
 from aligndet.engine import cluster
@@ -37,9 +37,20 @@ def command(folder: Path, out: str, *more: str) -> list[str]:
     return ["cluster", *paths, *model, "--clusters", "7", "--dimensions", "5", "--short-side", "96", *more]
 
 
+def test_boxes_are_measured_in_cells_of_the_features(tmp_path: Path) -> None:
+    """Images of 100 x 200 px, enlarged six times by the short side and four times by the long one."""
+    boxes = [np.array([[0, 0, 16, 64], [0, 0, 8, 8], [1, 1, 17, 17]], np.float32)]  # sides of 32, 8 and 16 px
+    write_proposals(tmp_path / "p.npz", ["a.png"], np.array([[100, 200]]), boxes, {})
+    size = {"backbone": "resnet18", "width": 1.0, "clusters": 2, "dimensions": 2, "fit_images": 1, "iterations": 1}
+    for long_side, side in ((1333, 16 * 6 / 32), (800, 16 * 4 / 32)):
+        settings = cluster.Settings(**size, short_side=600, long_side=long_side, seed=0)  # type: ignore[arg-type]
+        assert cluster.median_side(open_proposals(tmp_path / "p.npz"), settings) == pytest.approx(side)
+
+
 def test_boxes_get_the_class_of_their_nearest_centre(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(command(folder, "c.npz")) == 0
-    assert "in 7 pseudo-classes" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "in 7 pseudo-classes" in said and "take a larger --short-side" in said
     plain, clustered = open_proposals(folder / "p.npz"), open_proposals(folder / "c.npz")
     assert plain.labels is None and plain.clusters is None
     assert clustered.clusters == 7 and clustered.labels is not None

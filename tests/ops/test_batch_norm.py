@@ -76,3 +76,9 @@ def joint(rank: int) -> None:
 def test_two_ranks_have_the_statistics_of_both_and_one_may_be_empty(tmp_path: Path) -> None:
     ranks = forked(joint, tmp_path)
     assert [code for code, _ in ranks] == [0, 0], ranks
+
+
+def test_without_affine_parameters_too() -> None:
+    ours, torchs = RowNorm(3, affine=False), nn.BatchNorm1d(3, affine=False)
+    assert torch.equal(ours(ROWS), torchs(ROWS))
+    assert torch.allclose(ours(ROWS[:1]), torchs.eval()(ROWS[:1]), atol=1e-6)

@@ -19,8 +19,8 @@ def predict(
     images: Sequence[Tensor | str | Path],
     score_threshold: float | None = None,
     *,
-    short_side: int = 800,
-    long_side: int = 1333,
+    short_side: int | None = None,
+    long_side: int | None = None,
 ) -> list[Detections]:
     """The detections of each image, best first, on the CPU; the detector's mode is left as it was.
 
@@ -28,7 +28,8 @@ def predict(
         images: uint8 [3, H, W] RGB tensors or files.
         score_threshold: lowest score kept, not below ``detector.score_threshold``, which acts first; None: 0.05, or the
             detector's where that is higher (0.2 for torchvision's FCOS).
-        short_side, long_side: px the images are resized to, as in training.
+        short_side, long_side: px the images are resized to, as in training; None: ``detector.short_side`` and
+            ``.long_side``, which are those of its run for a detector of ``load_detector``, else 800 and 1333.
 
     Returns:
         One Detections per image, boxes in px of that image.
@@ -38,6 +39,8 @@ def predict(
     """
     if isinstance(images, (str, Path, Tensor)):
         raise ValueError("images: want a list of tensors or files, got one; pass [image]")
+    short_side = detector.short_side if short_side is None else short_side
+    long_side = detector.long_side if long_side is None else long_side
     if min(short_side, long_side) < 1:
         raise ValueError(f"short_side, long_side: want at least 1 px, got {short_side}, {long_side}")
     if score_threshold is not None and not 0 <= score_threshold <= 1:

@@ -32,6 +32,8 @@ class Detector(nn.Module, ABC):
             ``Candidates.scores`` and ``Candidates.embeddings`` exactly when it has a layer of that name.
         pixel_mean, pixel_std: RGB normalisation in units of 0 .. 255.
         size_divisor: images are padded to a multiple of it, px.
+        short_side, long_side: px to which ``predict`` resizes images where it is not told; a file of ``load_detector``
+            brings those of its run.
         sample: which of the matched candidates to keep; None keeps what the detector keeps by itself. Asked once per
             call of ``candidates`` with targets, before any embedding is computed: only kept candidates pay for one.
         sample_anchors: the same for the anchors of a first stage, where there is one.
@@ -46,6 +48,8 @@ class Detector(nn.Module, ABC):
     pixel_mean: tuple[float, float, float] = (123.675, 116.28, 103.53)
     pixel_std: tuple[float, float, float] = (58.395, 57.12, 57.375)
     size_divisor: int = 32
+    short_side: int = 800
+    long_side: int = 1333
     score_threshold: float = 0.05
     sample: Sampler | None = None
     sample_anchors: Sampler | None = None

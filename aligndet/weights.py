@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from aligndet.config import MODULES
-from aligndet.models import build_detector
+from aligndet.models import build_detector, option_of, options_of
 from aligndet.models.backbones.swin import Swin, from_official, resized_tables
 from aligndet.pretrain import AlignDet
 from aligndet.protocol import Detector
@@ -26,6 +26,12 @@ CLASSIFIERS = ("fc.", "classifier.", "head.")
 DERIVED, FRESH = ("num_batches_tracked", "relative_position_index"), ("norms.",)
 # One tensor by which each family of backbones is recognised, wherever in a file it stands.
 LANDMARKS = ("layer1.0.conv1.weight", "features.0.0.weight", "patch_embed.proj.weight")
+
+# Arguments of ``build_detector`` with which the same tensors compute something else, and the parts whose tensors do:
+# those that a config sets, and those that only files bring along.
+ANOTHER_MEANING = {"conventions": ("rpn", "head"), "box_head": ("head",)}
+OF_BACKBONES = ("pixel_mean", "pixel_std", "stride_in_1x1", "norm_eps")
+WITHOUT_SETTING = dict.fromkeys(OF_BACKBONES, "backbone") | {"head_norm": "head", "rpn_depth": "rpn"}
 
 BOX = "predictors.box."  # the only layer of which there may be one for any class or one for each
 
@@ -176,6 +182,37 @@ def load_pretrained(
     return report
 
 
+def inherited(path: str | Path, build: Mapping[str, Any], modules: Sequence[str] = MODULES) -> dict[str, Any]:
+    """What a detector is to be built with beside ``build``, so that tensors of a file compute there what they did here.
+
+    By name and shape alone they would also fit where pixels are normalised otherwise or boxes mean something else. A
+    file that does not say how its detector was built says nothing.
+
+    Args:
+        build: arguments of ``build_detector``.
+        modules: the parts that are taken from the file.
+
+    Raises:
+        ValueError: ``build`` has another of ANOTHER_MEANING for a part that is taken.
+    """
+    there = read_weights(path).get("build") or {}
+    if not there:
+        return {}
+    for option, parts in ANOTHER_MEANING.items():
+        was, now = option_of(there, option), option_of(build, option)
+        if None not in (was, now) and was != now and any(part in modules for part in parts):
+            raise ValueError(
+                f"weights {path}: made with {option} {was}, here it is {now}, and the same tensors would compute "
+                f"something else; set model.{option}={was}, or leave {' and '.join(parts)} out of method.modules"
+            )
+    known = {*OF_BACKBONES, *options_of(build["name"])}
+    return {
+        name: there[name]
+        for name, part in WITHOUT_SETTING.items()
+        if name in there and name in known and name not in build and part in modules
+    }
+
+
 def unfinished_detector(path: str | Path, num_classes: int) -> Detector:
     """The detector of a pre-training file, with NaN wherever that file says nothing; for conversion.
 
@@ -205,6 +242,8 @@ def export_detector(detector: Detector, classes: Sequence[str], build: Mapping[s
 def load_detector(path: str | Path) -> tuple[Detector, tuple[str, ...]]:
     """A trained detector from a file of ``export_detector``, in evaluation mode, with its class names.
 
+    ``short_side`` and ``long_side`` of the detector are those at which its run measured it, where the file says so.
+
     Raises:
         ValueError: the file holds no trained detector, or its tensors do not fit the detector it describes.
     """
@@ -216,13 +255,10 @@ def load_detector(path: str | Path) -> tuple[Detector, tuple[str, ...]]:
     report = _fill(detector, content["detector"], str(path))
     if report.kept or report.mismatched or report.unused:
         raise ValueError(f"weights {path}: do not fit the detector they describe:\n{report}")
+    data = content.get("config", {}).get("data", {})
+    detector.short_side = int(data.get("eval_short_side", detector.short_side))
+    detector.long_side = int(data.get("long_side", detector.long_side))
     return detector.eval(), tuple(content["classes"])
-
-
-def evaluation_size(path: str | Path) -> tuple[int, int]:
-    """(short side, long side) px at which the detector of a file is evaluated; (800, 1333) where it says none."""
-    data = read_weights(path).get("config", {}).get("data", {})
-    return int(data.get("eval_short_side", 800)), int(data.get("long_side", 1333))
 
 
 def _tensors(content: dict[str, Any], wrappers: tuple[str, ...], path: str | Path) -> dict[str, Tensor]:

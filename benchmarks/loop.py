@@ -107,11 +107,14 @@ def ours(model: nn.Module, optimizer: torch.optim.Optimizer, ema: EMA | None, ti
             folder=Path(folder),
             world=world,
             config={},
+            batch=1,
+            images=1,
             accumulate=1,
             clip=None,
             amp="off",
             log_every=10,
             save_every=10**9,
+            export=lambda model: {},
         )
         training.loader = limited(timed, steps)
         with contextlib.suppress(RuntimeError):  # of the generator that ends: no step is cut

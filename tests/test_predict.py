@@ -12,7 +12,7 @@ import torch
 from aligndet.cli import main
 from aligndet.models import build_detector
 from aligndet.predict import predict
-from aligndet.weights import export_detector
+from aligndet.weights import export_detector, load_detector
 from tests.scenes import small_detector
 
 
@@ -114,6 +114,13 @@ def test_the_command_writes_coco_results_and_drawings(
     out = ["--weights", str(tmp_path / "of_a_run.pt"), "--out", str(tmp_path / "again"), "--score-threshold", "0.001"]
     assert main(["predict", str(tmp_path / "one.png"), *out]) == 0, "lower than the detector's own threshold"
     assert "short side of 64 px, the long one at most 112" in capsys.readouterr().out
+    image = images()[:1]
+    detector, _ = load_detector(tmp_path / "of_a_run.pt")
+    for by_itself, told in (({}, {"short_side": 64, "long_side": 112}), ({"short_side": 48}, {"long_side": 112})):
+        (one,), (other,) = predict(detector, image, **by_itself), predict(detector, image, **by_itself | told)
+        assert torch.equal(one.boxes, other.boxes) and len(one.boxes) > 0, "the sizes of its run, where none are given"
+    plain, _ = load_detector(tmp_path / "model.pt")
+    assert (plain.short_side, plain.long_side) == (800, 1333)
     with pytest.raises(SystemExit) as stopped:
         broken = str(tmp_path / "in" / "broken.jpg")
         main(["predict", broken, "--weights", str(tmp_path / "model.pt"), "--out", str(tmp_path / "out")])

@@ -10,7 +10,14 @@ from torch import nn
 
 from aligndet.models import build_backbone, build_detector
 from aligndet.pretrain import AlignDet
-from aligndet.weights import export_detector, export_pretrained, load_backbone, load_detector, load_pretrained
+from aligndet.weights import (
+    export_detector,
+    export_pretrained,
+    inherited,
+    load_backbone,
+    load_detector,
+    load_pretrained,
+)
 from tests.scenes import small_detector, views_of
 
 
@@ -72,6 +79,37 @@ def test_weights_of_another_detector_are_refused(tmp_path: Path) -> None:
     other = build_detector("fcos", "resnet18", num_classes=3, width=0.5, channels=32, convolutions=1, levels=3)
     with pytest.raises(ValueError, match=r"p\.pt: .*backbone"):
         load_pretrained(other, tmp_path / "p.pt")
+
+
+@pytest.mark.parametrize(
+    ("name", "there", "here", "modules", "said"),
+    [
+        ("fcos", {"conventions": "torchvision"}, {}, ("head",), "conventions torchvision, here it is aligndet"),
+        ("retinanet", {}, {"conventions": "detectron2"}, ("neck", "head"), "set model.conventions=aligndet"),
+        ("faster_rcnn", {"conventions": "mmdet"}, {}, ("rpn",), "leave rpn and head out of method.modules"),
+        ("mask_rcnn", {"box_head": "2fc"}, {}, ("head",), "box_head 2fc, here it is 4conv1fc"),
+    ],
+)
+def test_tensors_that_would_compute_something_else_are_refused(
+    name: str, there: dict[str, Any], here: dict[str, Any], modules: tuple[str, ...], said: str, tmp_path: Path
+) -> None:
+    torch.save({"kind": "pretrained", "detector": {}, "build": {"name": name} | there}, tmp_path / "p.pt")
+    with pytest.raises(ValueError, match=said):
+        inherited(tmp_path / "p.pt", {"name": name} | here, modules)
+    assert inherited(tmp_path / "p.pt", {"name": name} | here, ("backbone", "neck")) == {}
+    assert inherited(tmp_path / "p.pt", {"name": name} | there, modules) == {}
+
+
+def test_what_no_setting_names_comes_with_the_parts_it_belongs_to(tmp_path: Path) -> None:
+    """Pixel statistics and strides of Caffe's backbones, and norms of torchvision's second version."""
+    caffe = {"pixel_std": (1.0, 1.0, 1.0), "stride_in_1x1": True, "norm_eps": 0.0}
+    build = {"name": "faster_rcnn", "head_norm": "batch", "rpn_depth": 2, "width": 0.25, **caffe}
+    torch.save({"kind": "detector", "detector": {}, "build": build}, tmp_path / "d.pt")
+    assert inherited(tmp_path / "d.pt", {"name": "mask_rcnn"}) == caffe | {"head_norm": "batch", "rpn_depth": 2}
+    assert inherited(tmp_path / "d.pt", {"name": "mask_rcnn"}, ("rpn",)) == {"rpn_depth": 2}
+    assert inherited(tmp_path / "d.pt", {"name": "fcos"}) == caffe, "FCOS has no such head"
+    torch.save({"state_dict": {"x": torch.zeros(1)}}, tmp_path / "other.pt")
+    assert inherited(tmp_path / "other.pt", {"name": "fcos"}) == {}
 
 
 def test_backbone_file_must_fit_whole(tmp_path: Path) -> None:

@@ -14,14 +14,10 @@ from aligndet.engine.best import same_buffers
 from aligndet.engine.distributed import World, barrier, gather_objects
 from aligndet.engine.evaluate import save_predictions
 from aligndet.engine.loop import Training
-from aligndet.engine.stages import detector_arguments, pretraining_arguments, training_annotations
+from aligndet.engine.stages import training_annotations
 from aligndet.engine.validate import detections_on, metrics_of, validation_truth, without_nan
 from aligndet.finetune import FineTune
-from aligndet.image_domain.simsiam import SimSiam
-from aligndet.pretrain import AlignDet
 from aligndet.protocol import Detector
-from aligndet.soco import SoCo
-from aligndet.weights import export_detector, export_pretrained
 
 
 def finish(config: Config, training: Training) -> Path:
@@ -33,9 +29,9 @@ def finish(config: Config, training: Training) -> Path:
     names = {settings.PRETRAIN: "pretrained.pt", settings.FINETUNE: "model.pt", settings.IMAGE_DOMAIN: "backbone.pt"}
     path = training.folder / names[config.task]
     if training.world.rank == 0:
-        checkpoint.save(
-            path, _export(config, training) | {"config": training.config, "versions": checkpoint.versions()}
-        )
+        *_, result = training.models.values()
+        content = training.export(result)
+        checkpoint.save(path, content | {"config": training.config, "versions": checkpoint.versions()})
         averaged = "" if training.average is None else f", averaged with decay {training.average.decay:.4g}"
         training.log.note(f"{path}: written after {training.done} steps{averaged}, {training.skipped} images skipped")
     if config.task == settings.FINETUNE and config.data.val is None:
@@ -102,16 +98,3 @@ def summary(metrics: dict[str, Any], per_class: bool = False) -> str:
             for name, row in metrics["classes"].items()
         ]
     return "\n".join(lines)
-
-
-def _export(config: Config, training: Training) -> dict[str, Any]:
-    *_, result = training.models.values()
-    if config.task == settings.PRETRAIN:
-        return export_pretrained(cast("AlignDet | SoCo", training.model), pretraining_arguments(config))
-    if config.task == settings.FINETUNE:
-        annotations, _, _ = training_annotations(config)
-        build = detector_arguments(config.model, len(annotations.class_names))
-        return export_detector(cast(FineTune, result).detector, annotations.class_names, build)
-    backbone = cast(SimSiam, training.model).backbone
-    state = {name: value.cpu() for name, value in backbone.state_dict().items()}
-    return {"kind": "backbone", "format": 1, "backbone": state}

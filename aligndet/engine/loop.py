@@ -57,6 +57,7 @@ class Training:
         bad_steps: steps left out for that so far.
         watched: whether losses are looked at in each step, before the update. Always where that makes no device wait:
             on a processor, and with fp16, whose scaler waits anyway; and to skip a step.
+        export: the result of the run, of one of ``models``, as it is saved.
         profile: whether a few steps are recorded, see ``profiling``.
         done: steps run so far: less than ``steps`` after an early stop.
     """
@@ -78,6 +79,7 @@ class Training:
     amp: str
     log_every: int
     save_every: int
+    export: Callable[[nn.Module], dict[str, Any]]
     average: ModelAverage | None = None
     validation: Validation | None = None
     loader: Iterable[tuple[Batch, ...]] = ()

@@ -24,7 +24,7 @@ from aligndet.models import folded
 from aligndet.plots.figures import COLOURS, draw_boxes, draw_masks
 from aligndet.predict import predict
 from aligndet.structures import Detections
-from aligndet.weights import evaluation_size, load_detector
+from aligndet.weights import load_detector
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -52,10 +52,10 @@ def run(args: argparse.Namespace) -> int:
     detector.score_threshold = min(detector.score_threshold, args.score_threshold)
     out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    path, (short_side, long_side) = out / "detections.json", evaluation_size(args.weights)
+    path = out / "detections.json"
     sides = {
-        "short_side": short_side if args.short_side is None else args.short_side,
-        "long_side": long_side if args.long_side is None else args.long_side,
+        "short_side": detector.short_side if args.short_side is None else args.short_side,
+        "long_side": detector.long_side if args.long_side is None else args.long_side,
     }
     print(f"images are resized to a short side of {sides['short_side']} px, the long one at most {sides['long_side']}")
     weights = Path(args.weights).stat()

@@ -38,7 +38,7 @@ from aligndet.protocol import Detector
 from aligndet.reference import with_mistakes
 from aligndet.soco import SoCo
 from aligndet.structures import Batch
-from aligndet.weights import export_detector, load_backbone, load_pretrained
+from aligndet.weights import export_detector, export_pretrained, inherited, load_backbone, load_pretrained
 
 # Options of the detector's class, where the config sets them.
 OPTIONS = (
@@ -59,6 +59,12 @@ def detector_arguments(model: ModelConfig, num_classes: int) -> dict[str, Any]:
         "norm": model.norm,
         "frozen_stages": model.frozen_stages,
     }
+
+
+def fine_tuning_arguments(config: Config, num_classes: int) -> dict[str, Any]:
+    """The arguments of ``build_detector`` in fine-tuning; what no setting names is as in the file of ``weights``."""
+    own = detector_arguments(config.model, num_classes)
+    return own if config.weights is None else own | inherited(config.weights, own, config.method.modules)
 
 
 def training_annotations(config: Config) -> tuple[Annotations, Path, np.ndarray]:
@@ -93,9 +99,9 @@ class Stage:
     model: nn.Module
     backbone: nn.Module
     name_of: Callable[[int], str]
+    export: Callable[[nn.Module], dict[str, Any]]
     ema: EMA | None = None
     measure: Callable[[nn.Module], dict[str, Any]] | None = None
-    export: Callable[[nn.Module], dict[str, Any]] | None = None
     wide: np.ndarray | None = None
 
 
@@ -132,18 +138,23 @@ def pretraining(config: Config, log: Log, world: World) -> Stage:
         )
     wide = dataset.wide() if data.group_aspect else None
     # On its device at once: the method looks at its losses while it is built, and ranks share values on their GPUs.
-    detector = build_detector(**pretraining_arguments(config)).to(world.device)
+    build = pretraining_arguments(config)
+    detector = build_detector(**build).to(world.device)
     if config.model.backbone_weights is None:
         log.warning(0, "model.backbone_weights is not set: the backbone has random weights")
     else:
         log.note(str(load_backbone(detector, config.model.backbone_weights)))
     name_of, join = proposals.names.__getitem__, partial(collate_views, multiple=detector.size_divisor)
+
+    def export(model: nn.Module) -> dict[str, Any]:
+        return export_pretrained(cast("AlignDet | SoCo", model), build)
+
     if method.name == "soco":
         competitor = SoCo(detector, embedding=method.embedding)
         ema = EMA(competitor.averaged, competitor.momentum)
-        return Stage(dataset, join, competitor, detector.backbone, name_of, ema, wide=wide)
+        return Stage(dataset, join, competitor, detector.backbone, name_of, export, ema, wide=wide)
     model = _aligndet(config, detector, mistakes)
-    return Stage(dataset, join, model, detector.backbone, name_of, _momentum_branch(model), wide=wide)
+    return Stage(dataset, join, model, detector.backbone, name_of, export, _momentum_branch(model), wide=wide)
 
 
 def _aligndet(config: Config, detector: Detector, mistakes: tuple[str, ...]) -> AlignDet:
@@ -210,7 +221,8 @@ def fine_tuning(config: Config, log: Log, world: World) -> Stage:
         log.warning(0, line)
     if data.val is not None:
         log.note(evaluator_note())
-    detector = build_detector(**detector_arguments(config.model, len(annotations.class_names)))
+    build = fine_tuning_arguments(config, len(annotations.class_names))
+    detector = build_detector(**build)
     if config.model.backbone_weights is not None:
         log.note(str(load_backbone(detector, config.model.backbone_weights)))
     elif config.weights is None:
@@ -227,7 +239,6 @@ def fine_tuning(config: Config, log: Log, world: World) -> Stage:
         return metrics_of(config, network, annotations.class_names, detections)
 
     def export(model: nn.Module) -> dict[str, Any]:
-        build = detector_arguments(config.model, len(annotations.class_names))
         content = export_detector(cast(FineTune, model).detector, annotations.class_names, build)
         return content | {"config": settings.to_dict(config)}
 
@@ -235,7 +246,7 @@ def fine_tuning(config: Config, log: Log, world: World) -> Stage:
     size = (data.jitter_size, data.jitter_size) if data.augment == "jitter" else None
     join = partial(_single, size=size, multiple=detector.size_divisor)
     model, wide = FineTune(detector), dataset.wide() if data.group_aspect else None
-    return Stage(dataset, join, model, detector.backbone, name_of, None, measure, export, wide)
+    return Stage(dataset, join, model, detector.backbone, name_of, export, None, measure, wide)
 
 
 def _window(config: Config) -> Draw | None:
@@ -276,7 +287,12 @@ def image_domain(config: Config, log: Log, world: World) -> Stage:
     if config.model.backbone_weights is not None:
         log.note(str(load_backbone(nn.ModuleDict({"backbone": backbone}), config.model.backbone_weights)))
     model = SimSiam(backbone, projection=config.method.projection, bottleneck=config.method.bottleneck)
-    return Stage(dataset, collate_views, model, backbone, dataset.names.__getitem__)
+
+    def export(model: nn.Module) -> dict[str, Any]:
+        state = {name: value.cpu() for name, value in cast(SimSiam, model).backbone.state_dict().items()}
+        return {"kind": "backbone", "format": 1, "backbone": state}
+
+    return Stage(dataset, collate_views, model, backbone, dataset.names.__getitem__, export)
 
 
 def _momentum_branch(model: AlignDet) -> EMA | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
@@ -91,6 +92,12 @@ def options_of(name: str) -> tuple[str, ...]:
     return tuple(item.name for item in parameters if item.kind is inspect.Parameter.KEYWORD_ONLY)
 
 
+def option_of(build: Mapping[str, Any], option: str) -> Any:
+    """What arguments of ``build_detector`` give an option of the detector's class; None where it has no such option."""
+    parameter = inspect.signature(detector_class(build["name"]).__init__).parameters.get(option)
+    return None if parameter is None else build.get(option, parameter.default)
+
+
 def _nearest(name: str, known: Any) -> str:
     return f"the nearest is {difflib.get_close_matches(name, list(known), n=1, cutoff=0.0)[0]!r}"
 
@@ -106,5 +113,6 @@ __all__ = [
     "build_detector",
     "detector_class",
     "folded",
+    "option_of",
     "options_of",
 ]

@@ -93,9 +93,8 @@ CONTRASTS = {
     "half background": ("method.background=0.5",),
     "positives of both views": ("method.positives=both",),
     "256 candidates": ("method.candidates=256",),
-    "weight 0.1, temperature 0.2": ("method.contrast=0.1", "method.temperature=0.2"),
-    "900 steps": ("optim.steps=900",),
-    "900 steps, boxes only": ("optim.steps=900", "method.contrast=0"),
+    "all boxes of an image": ("data.proposals_per_image=null",),
+    "projection of 64": ("method.embedding=64",),
 }
 WAYS |= {name: Way(options) for name, options in CONTRASTS.items()}
 STUDIES = {

@@ -96,7 +96,7 @@ def test_two_stages_overfit_boxes_and_masks(tmp_path: Path) -> None:
         box_head="2fc",
     )
     detector.sample = PositivesFirst(128, "image", 0.75)
-    found = overfitted(detector, batch, 1e-3, 200)
+    found = overfitted(detector, batch, 1e-3, 260)  # masks begin near nothing
     pasted = {number: item.resized((256, 256), (128, 128)) for number, item in zip(batch.image_ids, found, strict=True)}
     assert coco_metrics(path, pasted)["AP"] > 0.9
     assert coco_metrics(path, pasted, "segm")["AP"] > 0.9

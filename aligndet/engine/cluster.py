@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from aligndet.data.journal import changes
 from aligndet.data.progress import Progress
 from aligndet.data.proposals import ProposalFile, open_proposals, write_proposals
-from aligndet.data.transforms import resize
+from aligndet.data.transforms import resize, resized_size
 from aligndet.data.views import read_proposed
 from aligndet.engine.distributed import device_for
 from aligndet.models import build_backbone
@@ -131,8 +131,8 @@ def median_side(proposals: ProposalFile, settings: Settings) -> float:
     """The square root of the median box's area, in cells of the backbone's last map."""
     sides = [np.zeros(0)]
     for row, (height, width) in enumerate(proposals.sizes.tolist()):
-        boxes, short, long = proposals.boxes_of(row), settings.short_side, settings.long_side
-        scale = min(long / max(height, width), short / min(height, width))
+        boxes = proposals.boxes_of(row)
+        scale = resized_size((height, width), settings.short_side, settings.long_side)[0] / height
         sides.append(np.sqrt((boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1])) * scale / STRIDE)
     return float(np.median(np.concatenate(sides)))
 

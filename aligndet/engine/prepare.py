@@ -64,6 +64,8 @@ def prepare(config: Config, world: World) -> Training:
         log.note(f"{run.folder}: continues at step {training.start} of {training.steps}{changed}")
     else:
         log.truncate(0)
+    if thin := _thin_statistics(stage.model, training.batch // (training.accumulate * world.size), world.size):
+        log.warning(training.start, thin)
     _same_step(training)
     if config.profile:
         every = None if training.validation is None else training.validation.every
@@ -152,8 +154,6 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
         warmup=optim.warmup,
         warmup_ratio=optim.warmup_ratio,
     )
-    if thin := _thin_statistics(stage.model, optim.batch // (optim.accumulate * world.size), world.size):
-        log.warning(0, thin)
     every = config.eval_every or per_epoch * (config.eval_every_epochs or 0)
     return Training(
         model=stage.model,

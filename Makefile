@@ -12,7 +12,7 @@ demo-short: $(READY)
 	$(BIN)/python -m aligndet demo --short --check --out runs/demo-short
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 8 --dist worksteal
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,8 +1,7 @@
 """Pre-train whole object detectors without labels, fine-tune them with few."""
 
-from aligndet import data, interop, losses, weights
+from aligndet import data, evaluate, interop, losses, weights
 from aligndet.config import Config, load_config
-from aligndet.engine import evaluate
 from aligndet.finetune import FineTune
 from aligndet.models import build_detector
 from aligndet.predict import predict

@@ -6,6 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 import cv2
 import torch
@@ -15,7 +16,7 @@ from aligndet.config import Config, load_config
 from aligndet.data import check, convert_proposals, propose, shards, split
 from aligndet.engine import cluster, curves, distributed, predictions, replay
 from aligndet.engine.cocoeval import evaluator_note
-from aligndet.engine.failure import one_line_errors
+from aligndet.engine.failure import MISTAKE, one_line_errors
 from aligndet.engine.finish import evaluate, finish, summary
 from aligndet.engine.loop import fit
 from aligndet.engine.prepare import prepare, repeatable
@@ -43,10 +44,17 @@ EVALUATED = (
 )
 
 
+class _Parser(argparse.ArgumentParser):
+    """Says in one line, as every mistake, what is wrong with the arguments; ``--help`` says the rest."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(MISTAKE, f"aligndet: {message}; see {self.prog} --help\n")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="aligndet",
         description="Pre-train whole object detectors without labels, fine-tune them with few.",
         epilog="aligndet <command> --help shows the options of a command.",
@@ -61,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(argv: Sequence[str] | None = None) -> int:
     """Pre-train or fine-tune as the YAML file says; the same command again continues an interrupted run."""
-    parser = argparse.ArgumentParser(prog="train", description=train.__doc__)
+    parser = _Parser(prog="train.py", description=train.__doc__)
     _add_config(parser)
     args = _parsed(parser, argv)
     with one_line_errors():
@@ -76,7 +84,7 @@ def train(argv: Sequence[str] | None = None) -> int:
 
 def evaluate_weights(argv: Sequence[str] | None = None) -> int:
     """COCO metrics (and VOC's) of a trained detector on data.val; writes metrics.json and predictions.json."""
-    parser = argparse.ArgumentParser(prog="eval", description=evaluate_weights.__doc__)
+    parser = _Parser(prog="eval.py", description=evaluate_weights.__doc__)
     _add_config(parser)
     parser.add_argument("--weights", required=True, help="model.pt of a fine-tuning run")
     parser.add_argument("--per-class", action="store_true", help="print a line for each class")
@@ -106,7 +114,7 @@ def evaluate_weights(argv: Sequence[str] | None = None) -> int:
 def _tool(name: str, argv: Sequence[str]) -> int:
     """One of the commands that need no experiment file."""
     tool, description = TOOLS[name]
-    parser = argparse.ArgumentParser(prog=f"aligndet {name}", description=description)
+    parser = _Parser(prog=f"aligndet {name}", description=description)
     tool.add_arguments(parser)
     args = parser.parse_args(argv)
     with one_line_errors():

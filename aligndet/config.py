@@ -21,47 +21,57 @@ TASKS = ("pretrain", "finetune", "image_domain")
 PRETRAIN, FINETUNE, IMAGE_DOMAIN = TASKS
 BOXES = (PRETRAIN, FINETUNE)
 MODULES = ("backbone", "neck", "rpn", "head")  # parts of a detector that weights are handed over for
+# Of aligndet.models: which detectors and backbones train.py builds; a test holds both lists, and ``of`` below, to it.
+DENSE, TWO_STAGE, DETR = ("fcos", "retinanet"), ("faster_rcnn", "mask_rcnn"), ("detr",)
+DETECTORS = (*DENSE, *TWO_STAGE, *DETR)
+BACKBONES = (
+    *("resnet18", "resnet34", "resnet50", "resnet101", "mobilenet_v2"),
+    *("swin_t", "swin_s", "swin_b", "swin_l"),
+)
 
 
 def knob(
     default: Any,
     *,
     tasks: tuple[str, ...] = TASKS,
+    of: tuple[str, ...] = DETECTORS,
     choices: tuple[str, ...] = (),
     above: float = -math.inf,
     least: float = -math.inf,
 ) -> Any:
-    """A config field: which tasks read it, its allowed values, exclusive and inclusive lower bounds of numbers."""
-    return field(default=default, metadata={"tasks": tasks, "choices": choices, "above": above, "least": least})
+    """A config field: tasks and detectors that read it, allowed words, exclusive and inclusive lower bounds."""
+    metadata = {"tasks": tasks, "of": of, "choices": choices, "above": above, "least": least}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    detector: str = knob("fcos", tasks=BOXES)
-    backbone: str = knob("resnet50")
+    detector: str = knob("fcos", choices=DETECTORS, tasks=BOXES)
+    backbone: str = knob("resnet50", choices=BACKBONES)
     backbone_weights: str | None = knob(None)  # file in torchvision's layout, or one of our image-domain runs
     width: float = knob(1.0, above=0)  # channel multiplier of the backbone; 1 is the published network
     norm: str = knob("frozen", choices=("frozen", "affine", "batch", "sync"))  # batch norm of the backbone
     frozen_stages: int = knob(1, least=0, tasks=BOXES)  # 1 = stem and first stage; read where the backbone is trained
     # Options of the detector, where it has them; null is the default of its class.
     channels: int | None = knob(None, above=0, tasks=BOXES)  # of neck and head (256)
-    convolutions: int | None = knob(None, least=0, tasks=BOXES)  # of each tower of dense heads (4)
-    levels: int | None = knob(None, above=0, tasks=BOXES)  # dense: pyramid levels from stride 8 on (5: P3 .. P7)
-    centre_radius: float | None = knob(None, above=0, tasks=BOXES)  # fcos: centre sampling, in strides (off)
-    box_head: str | None = knob(None, choices=("4conv1fc", "2fc"), tasks=BOXES)  # two-stage detectors (4conv1fc)
-    head_width: int | None = knob(
-        None, above=0, tasks=BOXES
-    )  # two-stage: fully connected layers of the box head (1024)
-    regions: int | None = knob(None, above=0, tasks=(FINETUNE,))  # two-stage: most per image in a training step (512)
-    class_agnostic: bool | None = knob(None, tasks=(FINETUNE,))  # two-stage: one finer box for all classes (false)
-    neck_norm: str | None = knob(None, choices=("batch", "sync"), tasks=BOXES)  # after convolutions of the neck (none)
-    queries: int | None = knob(None, above=0, tasks=BOXES)  # detr: most objects found in an image (100)
-    encoder_layers: int | None = knob(None, least=0, tasks=BOXES)  # detr (6)
-    decoder_layers: int | None = knob(None, above=0, tasks=BOXES)  # detr (6)
-    feedforward: int | None = knob(None, above=0, tasks=BOXES)  # detr: hidden width of the transformer's layers (2048)
-    dropout: float | None = knob(None, least=0, tasks=BOXES)  # detr (0.1)
+    convolutions: int | None = knob(None, of=DENSE, least=0, tasks=BOXES)  # of each tower of the head (4)
+    levels: int | None = knob(None, of=DENSE, above=0, tasks=BOXES)  # of the pyramid, from stride 8 on (5: P3 .. P7)
+    centre_radius: float | None = knob(None, of=("fcos",), above=0, tasks=BOXES)  # centre sampling, in strides (off)
+    box_head: str | None = knob(None, of=TWO_STAGE, choices=("4conv1fc", "2fc"), tasks=BOXES)  # (4conv1fc)
+    head_width: int | None = knob(None, of=TWO_STAGE, above=0, tasks=BOXES)  # of the box head's linear layers (1024)
+    regions: int | None = knob(None, of=TWO_STAGE, above=0, tasks=(FINETUNE,))  # most per image in a step (512)
+    class_agnostic: bool | None = knob(None, of=TWO_STAGE, tasks=(FINETUNE,))  # one finer box for all classes (false)
+    # After convolutions of the neck (none).
+    neck_norm: str | None = knob(None, of=("retinanet", *TWO_STAGE), choices=("batch", "sync"), tasks=BOXES)
+    queries: int | None = knob(None, of=DETR, above=0, tasks=BOXES)  # most objects found in an image (100)
+    encoder_layers: int | None = knob(None, of=DETR, least=0, tasks=BOXES)  # (6)
+    decoder_layers: int | None = knob(None, of=DETR, above=0, tasks=BOXES)  # (6)
+    feedforward: int | None = knob(None, of=DETR, above=0, tasks=BOXES)  # hidden width of the transformer (2048)
+    dropout: float | None = knob(None, of=DETR, least=0, tasks=BOXES)  # (0.1)
     # As whose model it computes (ours, which is mmdet's but for details): pre-train with it to go on elsewhere.
-    conventions: str | None = knob(None, choices=("aligndet", "torchvision", "mmdet", "detectron2"), tasks=BOXES)
+    conventions: str | None = knob(
+        None, of=(*DENSE, *TWO_STAGE), choices=("aligndet", "torchvision", "mmdet", "detectron2"), tasks=BOXES
+    )
     score_threshold: float | None = knob(None, least=0, tasks=(FINETUNE,))  # less is dropped (0.05; detr 0)
 
 
@@ -216,7 +226,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), evaluation: boo
 def from_dict(tree: Mapping[str, Any]) -> Config:
     """A checked Config from nested plain values, as ``to_dict`` or YAML gives them; others take their defaults."""
     config = _build(Config, tree, "")
-    _check_task(config, tree)
+    _check_read(config, tree)
     _check_combinations(config)
     return config
 
@@ -290,8 +300,8 @@ def _leaves() -> dict[str, Mapping[str, Any]]:
     return found
 
 
-def _check_task(config: Config, tree: Mapping[str, Any]) -> None:
-    """Refuse keys that are set although the task never reads them: an option that does nothing is a mistake."""
+def _check_read(config: Config, tree: Mapping[str, Any]) -> None:
+    """Refuse keys that task or detector never read: an option that does nothing is a mistake."""
     for key, metadata in _leaves().items():
         section, _, name = key.rpartition(".")
         branch = tree.get(section, {}) if section else tree
@@ -299,6 +309,9 @@ def _check_task(config: Config, tree: Mapping[str, Any]) -> None:
             raise ValueError(
                 f"{key}: not read by task {config.task}, only by {', '.join(metadata['tasks'])}; remove it"
             )
+        whose = metadata["of"]
+        if name in branch and branch[name] is not None and config.model.detector not in whose:
+            raise ValueError(f"{key}: no option of {config.model.detector}, only of {', '.join(whose)}; remove it")
 
 
 def _check_combinations(config: Config) -> None:
@@ -332,8 +345,10 @@ def _check_combinations(config: Config) -> None:
         )
     check_augmentation(data, DataConfig(), optim.batch)
     check_project(config.wandb)
-    if not 0 <= data.flip <= 1:
-        raise ValueError(f"data.flip: want a probability in 0 .. 1, got {data.flip}")
+    shares = {"data.flip": data.flip, "optim.warmup_ratio": optim.warmup_ratio, "model.dropout": config.model.dropout}
+    for key, share in shares.items():
+        if share is not None and share > 1:
+            raise ValueError(f"{key}: want a number in 0 .. 1, got {share}")
     _check_task_combinations(config)
 
 

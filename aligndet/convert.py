@@ -58,7 +58,10 @@ def run(args: argparse.Namespace) -> int:
     else:
         state = _state(args.source, args.input)
         peer = PEERS[args.source]
-        detector = peer.from_state_dict(args.name, state)
+        try:
+            detector = peer.from_state_dict(args.name, state)
+        except ValueError as error:
+            raise ValueError(f"weights {args.input}: {error}") from None
         if args.target == OURS:
             build = peer.build_arguments(args.name, state)
             content = export_detector(detector, _class_names(args.classes, build["num_classes"]), build)

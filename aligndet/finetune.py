@@ -20,8 +20,13 @@ class FineTune(nn.Module):
         self.detector = detector
 
     def forward(self, batch: Batch) -> dict[str, Tensor]:
-        """The losses of a batch; scalars with a graph, also for images without boxes."""
+        """The losses of a batch; scalars with a graph, also for images without boxes.
+
+        Raises:
+            ValueError: a label outside 0 .. K-1.
+        """
         features = self.detector.features(batch.images, batch.sizes)
         candidates = self.detector.candidates(features, batch.sizes, batch.targets)
-        losses = self.detector.localization_loss(candidates, batch.targets)
-        return losses | self.detector.classification_loss(candidates, batch.targets)
+        # Class losses first: they check the labels, which box layers of each class take for rows.
+        named = self.detector.classification_loss(candidates, batch.targets)
+        return self.detector.localization_loss(candidates, batch.targets) | named

@@ -79,6 +79,8 @@ def predict(
 def _pixels(image: Tensor | str | Path) -> Tensor:
     if isinstance(image, (str, Path)):
         return torch.from_numpy(read_image(image)).permute(2, 0, 1)
+    if not isinstance(image, Tensor):
+        raise ValueError(f"images: want paths or uint8 tensors [3, H, W] RGB, got {type(image).__name__}")
     if image.dtype != torch.uint8 or image.ndim != 3 or image.shape[0] != 3 or image.numel() == 0:
         raise ValueError(f"images: want uint8 [3, H, W] RGB, got {image.dtype} {list(image.shape)}")
     return image.cpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
@@ -67,15 +68,15 @@ class AlignDet(nn.Module):
         start: Detector | None = None,
     ) -> None:
         super().__init__()
-        weights = (contrast, localization, classification)
-        if min(weights) < 0 or sum(weights) == 0:
-            raise ValueError(f"want loss weights >= 0 of which one is above 0, got {weights}")
-        if embedding < 1 or temperature <= 0 or positives not in POSITIVES or reduction not in REDUCTIONS:
-            got = f"{embedding}, {temperature}, {positives!r}, {reduction!r}"
-            raise ValueError(
-                f"want embedding >= 1, temperature > 0, positives in {POSITIVES}, reduction in {REDUCTIONS}, got {got}"
-            )
-        self.contrast, self.localization, self.classification = weights
+        _check_weights(contrast=contrast, localization=localization, classification=classification)
+        if not isinstance(embedding, int) or embedding < 1:
+            raise ValueError(f"embedding: want a whole number of at least 1, got {embedding}")
+        if not 0 < temperature < math.inf:
+            raise ValueError(f"temperature: want a finite number above 0, got {temperature}")
+        for name, word, known in (("positives", positives, POSITIVES), ("reduction", reduction, REDUCTIONS)):
+            if word not in known:
+                raise ValueError(f"{name}: want one of {', '.join(known)}, got {word!r}")
+        self.contrast, self.localization, self.classification = contrast, localization, classification
         self.temperature, self.positives, self.own_keys, self.reduction = temperature, positives, own_keys, reduction
         self.symmetric, self.frozen = symmetric, freeze_backbone
         for branch in (detector, *([] if start is None else [start])):
@@ -105,8 +106,13 @@ class AlignDet(nn.Module):
         """The losses of ``view1`` against ``view2``; scalars with a graph, zeros where no image has a proposal.
 
         Equal ``targets.ids`` in the two views mean the same box. A box that one view lacks costs no contrast.
+
+        Raises:
+            ValueError: the views are not of the same number of images, or a pseudo-class is not one of the detector's.
         """
         views = (view1, view2)
+        if len(view1) != len(view2):
+            raise ValueError(f"view2: want the {len(view1)} images of view1, got {len(view2)}")
         online, momentum = self._features(views)
         losses = self._one_way(online[0], view1, momentum[-1], view2)
         if not self.symmetric:
@@ -169,14 +175,25 @@ class AlignDet(nn.Module):
             return online, _features_of(self.momentum, views if self.symmetric else views[1:])
 
 
+def _check_weights(**weights: float) -> None:
+    for name, weight in weights.items():
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"{name}: want a finite weight of at least 0, got {weight}")
+    if not any(weights.values()):
+        raise ValueError(f"{', '.join(weights)}: want a weight above 0, got 0 for each")
+
+
 def sampler_of(
     own: PositivesFirst | None, candidates: int | None, scope: str | None, background: float | None
 ) -> PositivesFirst | None:
     """A detector's own sampling with what is not None changed; a background share lifts its bound on background.
 
     Raises:
-        ValueError: ``scope`` or ``background`` for a detector that keeps everything, without ``candidates``.
+        ValueError: ``candidates`` below 1 or no whole number, ``background`` outside 0 .. 1, another ``scope``; one of
+            the last two for a detector that keeps everything, without ``candidates``.
     """
+    if candidates is not None and (not isinstance(candidates, int) or candidates < 1):
+        raise ValueError(f"candidates: want a whole number of at least 1, got {candidates}")
     if own is None and candidates is None:
         if scope is not None or background is not None:
             raise ValueError("scope, background: this detector keeps all candidates; set candidates as well")

@@ -181,15 +181,37 @@ class Batch:
         )
 
 
-def class_of(targets: Targets, matched: Tensor) -> Tensor:
+def class_of(targets: Targets, matched: Tensor, classes: int) -> Tensor:
     """The class of the box in each row: int64 [N], BACKGROUND and IGNORED stay what they are.
 
     Args:
         matched: int64 [N], row of ``targets``, BACKGROUND or IGNORED.
+        classes: K.
+
+    Raises:
+        ValueError: see ``check_labels``.
     """
+    check_labels(targets, classes)
     # Rows -1 and -2 of this table are BACKGROUND and IGNORED: indexing needs no masks and works without boxes.
     table = torch.cat([targets.labels, constants([IGNORED, BACKGROUND], targets.labels, torch.int64)])  # [M + 2]
     return table[matched]
+
+
+def check_labels(targets: Targets, classes: int) -> None:
+    """Refuse labels outside 0 .. K-1, which would pass for background.
+
+    Raises:
+        ValueError: there is one. On a GPU, which is not waited for, it is CUDA's device-side assertion.
+    """
+    wrong = (targets.labels < 0) | (targets.labels >= classes)
+    if wrong.is_cuda:
+        torch._assert_async(~wrong.any(), f"targets.labels: want 0 .. {classes - 1}")
+    elif wrong.any():
+        row = int(wrong.nonzero()[0])
+        box = ", ".join(f"{side:g}" for side in targets.boxes[row].tolist())
+        raise ValueError(
+            f"targets.labels: want 0 .. {classes - 1}, got {int(targets.labels[row])} for box {row} ({box})"
+        )
 
 
 def no_targets(device: torch.device | str = "cpu") -> Targets:

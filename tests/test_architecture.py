@@ -22,6 +22,7 @@ LAYERS = {
     "interop": 5,
     "convert": 6,
     "engine": 6,
+    "evaluate": 7,
     **dict.fromkeys(("demo_figures",), 7),
     **dict.fromkeys(("demo",), 8),
     **dict.fromkeys(("cli", "__main__", "__init__", "train", "eval"), 9),

@@ -1,10 +1,23 @@
 """Claims about configuration: strict keys, types, tasks, combinations, overrides."""
 
+import dataclasses
 from pathlib import Path
 
 import pytest
 
-from aligndet.config import Config, DataConfig, differences, from_dict, load_config, to_dict
+from aligndet.config import (
+    BACKBONES,
+    DETECTORS,
+    Config,
+    DataConfig,
+    ModelConfig,
+    differences,
+    from_dict,
+    load_config,
+    to_dict,
+)
+from aligndet.models import DETECTORS as CLASSES
+from aligndet.models import backbones, options_of
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NEEDS: dict[str, dict[str, str]] = {
@@ -53,7 +66,15 @@ def test_shipped_files_load_and_survive_a_round_trip(path: Path) -> None:
         (minimal(data={}), "data.train: task finetune needs it"),
         (minimal(task="image_domain", data={"images": "a"}), "model.norm: a backbone trained from random weights"),
         (minimal(task="pretrain", data={"images": "a"}), "data.proposals: task pretrain needs it"),
-        (minimal(data={"train": "t", "flip": 1.5}), "data.flip: want a probability"),
+        (minimal(data={"train": "t", "flip": 1.5}), "data.flip: want a number in 0 .. 1, got 1.5"),
+        (minimal(optim={"steps": 7, "warmup_ratio": 2}), "optim.warmup_ratio: want a number in 0 .. 1, got 2.0"),
+        (minimal(model={"detector": "detr", "dropout": 3}), "model.dropout: want a number in 0 .. 1, got 3.0"),
+        (
+            minimal(model={"detector": "yolo"}),
+            "faster_rcnn, mask_rcnn, detr, got 'yolo'",
+        ),
+        (minimal(model={"backbone": "resnet51"}), "swin_b, swin_l, got 'resnet51'; did you mean 'resnet50'?"),
+        (minimal(model={"queries": 5}), "model.queries: no option of fcos, only of detr; remove it"),
         (minimal(data={"train": "t", "short_side": []}), "data.short_side: want at least one"),
         (minimal(data={"train": "t", "short_side": 900, "long_side": 800}), "data.long_side: want at least"),
         (minimal(data={"train": "t", "augment": "lsj"}), "data.augment: want one of plain, detr, jitter, got 'lsj'"),
@@ -149,3 +170,12 @@ def test_defaults_are_the_method_s_numbers() -> None:
     assert (config.method.temperature, config.method.embedding, config.method.candidates) == (0.5, 256, None)
     assert (config.method.momentum, config.optim.lr, config.optim.weight_decay) == (0.996, 0.01, 1e-4)
     assert config.data.short_side == (640, 672, 704, 736, 768, 800)
+
+
+def test_words_and_options_are_those_of_the_models() -> None:
+    assert tuple(CLASSES) == DETECTORS
+    assert backbones.BACKBONES == BACKBONES
+    of_class = {item.name: item.metadata["of"] for item in dataclasses.fields(ModelConfig) if item.default is None}
+    del of_class["backbone_weights"]
+    assert of_class == {name: tuple(kind for kind in CLASSES if name in options_of(kind)) for name in of_class}
+    assert {name for name, whose in of_class.items() if whose == ("detr",)} >= {"queries", "decoder_layers"}

@@ -183,6 +183,15 @@ def test_assignment_does_not_depend_on_the_size_of_neighbours(name: str) -> None
         assert background == sum(number for _, number in alone)
 
 
+@everyone
+@pytest.mark.parametrize("label", [3, 99, -1])
+def test_a_label_without_a_class_is_named(name: str, label: int) -> None:
+    batch = collate([sample(1, 2, SIZES[0])], multiple=32)
+    targets = replace(batch.targets, labels=torch.tensor([0, label]))
+    with pytest.raises(ValueError, match=rf"targets.labels: want 0 .. 2, got {label} for box 1 \("):
+        FineTune(small(name))(replace(batch, targets=targets))
+
+
 @pytest.mark.parametrize("name", ["fcos", "retinanet", "faster_rcnn"])
 def test_a_crowd_takes_background_out_of_the_losses(name: str) -> None:
     """All of one image is a crowd: its objects stay, its background goes; points (FCOS) know no crowds."""

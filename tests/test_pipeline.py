@@ -87,6 +87,25 @@ def failure(capsys: pytest.CaptureFixture[str], command: Callable[[], object]) -
     return lines[0]
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nonsense"], "argument command: invalid choice: 'nonsense'"),
+        (["train"], "the following arguments are required: --cfg"),
+        (["train", "--cfg", "a.yaml", "--foo"], "unrecognized arguments: --foo; keys are written"),
+        (["propose", "--images", "photos"], "the following arguments are required: --out"),
+    ],
+)
+def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str], words: list[str], message: str) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(words)
+    lines = capsys.readouterr().err.splitlines()
+    assert caught.value.code == 2
+    assert len(lines) == 1
+    assert lines[0].startswith(f"aligndet: {message}")
+    assert lines[0].endswith(" --help")
+
+
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["detector"]
 
@@ -264,7 +283,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     fine = finetune_config(scenes, tmp_path / "fine")
     assert "none.json" in failure(capsys, lambda: train(fine, "data.train=none.json"))
     assert "'discc'" in failure(capsys, lambda: train(fine, "data.classes=[discc]"))
-    assert "nearest is 'fcos'" in failure(capsys, lambda: train(fine, "model.detector=fcoss"))
+    assert "model.detector: want one of fcos" in failure(capsys, lambda: train(fine, "model.detector=fcoss"))
     assert "data.labelled" in failure(capsys, lambda: train(fine, "data.labelled=99"))
     arguments = ["--cfg", str(fine), "--weights", str(config)]
     assert "damaged or refused" in failure(capsys, lambda: cli.evaluate_weights(arguments))

@@ -59,6 +59,9 @@ def test_bad_arguments_are_named_and_leave_the_mode(tmp_path: Path) -> None:
             predict(detector, single)
     with pytest.raises(ValueError, match=r"want uint8 \[3, H, W\]"):
         predict(detector, [images()[0].float()])
+    for thing, kind in ((None, "NoneType"), (images()[0].numpy(), "ndarray"), (["a.png"], "list")):
+        with pytest.raises(ValueError, match=rf"images: want paths or uint8 tensors .*, got {kind}"):
+            predict(detector, [thing])  # type: ignore[list-item]
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no image")
     with pytest.raises(ValueError, match=r"broken\.jpg"):

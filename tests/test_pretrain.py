@@ -144,10 +144,33 @@ def test_a_detector_without_embeddings_is_named() -> None:
             model(*views_of((2,)))
 
 
-@pytest.mark.parametrize("wrong", [{"temperature": 0}, {"positives": "x"}, {"reduction": "x"}, {"embedding": 0}])
-def test_settings_that_cannot_be_are_named_at_once(wrong: dict[str, object]) -> None:
-    with pytest.raises(ValueError, match="want embedding >= 1, temperature > 0, positives in"):
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"temperature": 0}, "temperature: want a finite number above 0, got 0"),
+        ({"temperature": float("nan")}, "temperature: want a finite number above 0, got nan"),
+        ({"positives": "x"}, "positives: want one of keys, both, got 'x'"),
+        ({"reduction": "x"}, "reduction: want one of boxes, queries, sum, got 'x'"),
+        ({"embedding": 0}, "embedding: want a whole number of at least 1, got 0"),
+        ({"embedding": 2.5}, "embedding: want a whole number of at least 1, got 2.5"),
+        ({"candidates": 0}, "candidates: want a whole number of at least 1, got 0"),
+        ({"candidates": 2.5}, "candidates: want a whole number of at least 1, got 2.5"),
+        ({"background": 1.5}, "background: want a share in 0 .. 1, got 1.5"),
+        ({"scope": "x"}, "scope: want 'batch' or 'image', got 'x'"),
+        ({"contrast": -1}, "contrast: want a finite weight of at least 0, got -1"),
+        ({"contrast": 0, "localization": 0}, "contrast, localization, classification: want a weight above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_named_at_once(wrong: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
         AlignDet(small_detector(), **wrong)  # type: ignore[arg-type]
+
+
+def test_views_of_another_number_of_images_are_refused() -> None:
+    view1, _ = views_of((2, 1))
+    _, view2 = views_of((2,))
+    with pytest.raises(ValueError, match="view2: want the 2 images of view1, got 1"):
+        AlignDet(small_detector())(view1, view2)
 
 
 def test_views_of_different_padded_size() -> None:
@@ -166,8 +189,6 @@ def test_one_task_at_a_time() -> None:
     losses = only_contrast(*views_of((4, 2)))
     assert losses["box"] == 0
     assert losses["contrast"] > 0
-    with pytest.raises(ValueError, match="loss weights"):
-        AlignDet(small_detector(), contrast=0.0, localization=0.0)
 
 
 def test_localization_losses_are_those_of_fine_tuning() -> None:

@@ -32,8 +32,12 @@ class PositivesFirst:
     def __post_init__(self) -> None:
         if self.scope not in ("batch", "image"):
             raise ValueError(f"scope: want 'batch' or 'image', got {self.scope!r}")
-        if self.limit < 1 or not 0 <= self.background <= 1 or (self.negatives or 0) < 0:
-            raise ValueError(f"want limit >= 1, background in 0 .. 1 and negatives >= 0, got {self}")
+        if not isinstance(self.limit, int) or self.limit < 1:
+            raise ValueError(f"limit: want a whole number of candidates of at least 1, got {self.limit}")
+        if not 0 <= self.background <= 1:
+            raise ValueError(f"background: want a share in 0 .. 1, got {self.background}")
+        if self.negatives is not None and not self.negatives >= 0:
+            raise ValueError(f"negatives: want a number of at least 0, got {self.negatives}")
 
     def __call__(self, matched: Tensor, image: Tensor) -> Tensor:
         """The kept rows.

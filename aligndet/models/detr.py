@@ -17,7 +17,7 @@ from aligndet.ops.constants import constants
 from aligndet.ops.precise import in_float32
 from aligndet.ops.reduce import mean_over_ranks
 from aligndet.protocol import Detector, pooled_mean
-from aligndet.structures import BACKGROUND, Candidates, Detections, Targets, class_of
+from aligndet.structures import BACKGROUND, Candidates, Detections, Targets, check_labels, class_of
 
 BACKGROUND_WEIGHT = 0.1  # of a query without a box in the classification loss
 DISTANCE_WEIGHT, OVERLAP_WEIGHT = 5.0, 2.0  # of the two box losses
@@ -137,6 +137,8 @@ class DETR(Detector):
         boxes = self.predictors["box"](outputs)  # always: queries are matched by what they predict
         matched, nearest = None, None
         if targets is not None:
+            if scores is not None:
+                check_labels(targets, scores.shape[3] - 1)
             probabilities = None if scores is None else scores.float().softmax(dim=3)
             matched = self.assigner(boxes, probabilities, targets, sizes).flatten()
         embeddings, queries_of = None, outputs.flatten(0, 2)
@@ -172,8 +174,9 @@ class DETR(Detector):
     def classification_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
         """Softmax cross-entropy, weighted mean over queries, summed over layers; "no object" is the last class."""
         assert candidates.scores is not None and candidates.matched is not None
-        labels = class_of(targets, candidates.matched)
-        labels = torch.where(labels == BACKGROUND, candidates.scores.shape[1] - 1, labels)
+        classes = candidates.scores.shape[1] - 1
+        labels = class_of(targets, candidates.matched, classes)
+        labels = torch.where(labels == BACKGROUND, classes, labels)
         weight = torch.where(candidates.matched == BACKGROUND, BACKGROUND_WEIGHT, 1.0)
         cost = F.cross_entropy(candidates.scores.float(), labels, reduction="none")
         # Each layer matches as many queries as the next, so one layer's weights are an L-th of all.

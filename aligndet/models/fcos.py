@@ -187,7 +187,8 @@ class FCOS(Detector):
         """Focal loss over the number of positives."""
         assert candidates.scores is not None and candidates.matched is not None
         count = mean_over_ranks((candidates.matched >= 0).sum().float()).clamp(min=1)
-        return {"classification": sigmoid_focal_loss(candidates.scores, class_of(targets, candidates.matched)) / count}
+        labels = class_of(targets, candidates.matched, candidates.scores.shape[1])
+        return {"classification": sigmoid_focal_loss(candidates.scores, labels) / count}
 
     @torch.no_grad()
     def detect(self, candidates: Candidates, sizes: Tensor) -> list[Detections]:

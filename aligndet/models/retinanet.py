@@ -148,7 +148,7 @@ class RetinaNet(Detector):
     def classification_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
         """Focal loss over the number of positives; each image counts as at least one."""
         assert candidates.scores is not None and candidates.matched is not None
-        labels = class_of(targets, candidates.matched)
+        labels = class_of(targets, candidates.matched, candidates.scores.shape[1])
         return {"classification": sigmoid_focal_loss(candidates.scores, labels) / _positives(candidates)}
 
     @torch.no_grad()

@@ -187,8 +187,9 @@ class TwoStage(Detector):
         """Softmax cross-entropy, mean over the sampled regions; background is the last class."""
         assert isinstance(candidates, RegionCandidates)
         assert candidates.scores is not None and candidates.matched is not None
-        labels = class_of(targets, candidates.matched)
-        labels = torch.where(labels == BACKGROUND, candidates.scores.shape[1] - 1, labels)
+        classes = candidates.scores.shape[1] - 1
+        labels = class_of(targets, candidates.matched, classes)
+        labels = torch.where(labels == BACKGROUND, classes, labels)
         cost = F.cross_entropy(candidates.scores.float(), labels, reduction="sum")
         return {"classification": cost / _number(candidates)}
 

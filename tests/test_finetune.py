@@ -43,6 +43,7 @@ def batch_of_all(annotations: Annotations, folder: Path, side: int) -> Batch:
     return collate([dataset[(index, index)] for index in range(len(dataset))])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", list(RATES))
 def test_four_images_are_overfitted(name: str, tmp_path: Path) -> None:
     torch.manual_seed(0)

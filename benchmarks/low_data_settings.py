@@ -93,6 +93,8 @@ CONTRASTS = {
     "half background": ("method.background=0.5",),
     "positives of both views": ("method.positives=both",),
     "256 candidates": ("method.candidates=256",),
+    "4096 candidates": ("method.candidates=4096",),
+    "4096 candidates, boxes only": ("method.candidates=4096", "method.contrast=0"),
     "all boxes of an image": ("data.proposals_per_image=null",),
     "projection of 64": ("method.embedding=64",),
 }

@@ -73,7 +73,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--width", type=float, default=1.0, help="channel multiplier of the backbone (default 1)")
     parser.add_argument("--clusters", type=int, default=256, metavar="K", help="pseudo-classes (default 256)")
     parser.add_argument("--dimensions", type=int, default=256, metavar="D", help="principal components (default 256)")
-    parser.add_argument("--short-side", type=int, default=800, metavar="PX", help="of the images (default 800)")
+    parser.add_argument(
+        "--short-side", type=int, default=800, metavar="PX", help="of the images, as in pre-training (default 800)"
+    )
     parser.add_argument("--long-side", type=int, default=1333, metavar="PX", help="upper bound (default 1333)")
     parser.add_argument(
         "--fit-images", type=int, default=2000, metavar="N", help="images the components come from (default 2000)"
@@ -122,7 +124,7 @@ def run(args: argparse.Namespace) -> int:
     if side < TOO_SMALL:
         print(
             f"the median box is {side:.1f} cells of the features wide and high: its surroundings say more of its "
-            "pseudo-class than it does; take a larger --short-side and --long-side"
+            "pseudo-class than it does; larger images help only where pre-training has them, too"
         )
     return 0
 

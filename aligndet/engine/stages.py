@@ -21,7 +21,7 @@ from aligndet.data.crops import CropPairs
 from aligndet.data.folder import list_images
 from aligndet.data.formats import images_of, load_annotations
 from aligndet.data.labelled import LabelledImages
-from aligndet.data.proposals import open_proposals
+from aligndet.data.proposals import ProposalFile, open_proposals
 from aligndet.data.splits import choose_labelled
 from aligndet.data.views import ViewPairs
 from aligndet.engine.cocoeval import evaluator_note
@@ -40,6 +40,7 @@ from aligndet.soco import SoCo
 from aligndet.structures import Batch
 from aligndet.weights import export_detector, export_pretrained, inherited, load_backbone, load_pretrained
 
+FAR = 1.5  # from the size of images that pseudo-classes come from to that of training (docs/decisions.md)
 # Options of the detector's class, where the config sets them.
 OPTIONS = (
     *("channels", "convolutions", "levels", "centre_radius", "box_head", "head_width", "regions", "class_agnostic"),
@@ -136,6 +137,8 @@ def pretraining(config: Config, log: Log, world: World) -> Stage:
         raise ValueError(
             f"method.classification: {data.proposals} has no pseudo-classes; `aligndet cluster` makes some"
         )
+    if method.classification and (other := other_sizes(proposals, data.short_side)):
+        log.warning(0, other)
     wide = dataset.wide() if data.group_aspect else None
     # On its device at once: the method looks at its losses while it is built, and ranks share values on their GPUs.
     build = pretraining_arguments(config)
@@ -155,6 +158,23 @@ def pretraining(config: Config, log: Log, world: World) -> Stage:
         return Stage(dataset, join, competitor, detector.backbone, name_of, export, ema, wide=wide)
     model = _aligndet(config, detector, mistakes)
     return Stage(dataset, join, model, detector.backbone, name_of, export, _momentum_branch(model), wide=wide)
+
+
+def other_sizes(proposals: ProposalFile, trained: Sequence[int]) -> str:
+    """What is to be said where pseudo-classes come from images of another size than training's, or nothing.
+
+    Args:
+        trained: px, the short sides of the images in training.
+    """
+    clustering = proposals.parameters.get("clustering")
+    made = clustering.get("short_side") if isinstance(clustering, dict) else None
+    if not isinstance(made, int) or min(trained) / FAR <= made <= max(trained) * FAR:
+        return ""
+    return (
+        f"pseudo-classes of {proposals.path} come from images of {made} px (short side), data.short_side has "
+        f"{min(trained)} .. {max(trained)}: what they tell apart can hardly be seen there; repeat `aligndet cluster` "
+        f"with --short-side {max(trained)}"
+    )
 
 
 def _aligndet(config: Config, detector: Detector, mistakes: tuple[str, ...]) -> AlignDet:

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+import yaml
 
 from aligndet import cli
 from aligndet.data.proposals import open_proposals, write_proposals
@@ -50,7 +51,7 @@ def test_boxes_are_measured_in_cells_of_the_features(tmp_path: Path) -> None:
 def test_boxes_get_the_class_of_their_nearest_centre(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(command(folder, "c.npz")) == 0
     said = capsys.readouterr().out
-    assert "in 7 pseudo-classes" in said and "take a larger --short-side" in said
+    assert "in 7 pseudo-classes" in said and "larger images help only where pre-training has them" in said
     plain, clustered = open_proposals(folder / "p.npz"), open_proposals(folder / "c.npz")
     assert plain.labels is None and plain.clusters is None
     assert clustered.clusters == 7 and clustered.labels is not None
@@ -66,6 +67,30 @@ def test_boxes_get_the_class_of_their_nearest_centre(folder: Path, capsys: pytes
     assert torch.equal(view.labels, other.labels)
     events = [json.loads(line)["event"] for line in (folder / "c.npz.jsonl").read_text().splitlines()]
     assert "k-means" in events
+
+
+@pytest.mark.parametrize(("side", "warned"), [(64, False), (96, False), (144, False), (152, True), (32, True)])
+def test_pseudo_classes_of_images_of_another_size_are_warned_of(
+    folder: Path, tmp_path: Path, side: int, warned: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Trained at 64 to 96 px: a factor of 1.5 below and above, 42.7 to 144 px, is let pass."""
+    proposals = open_proposals(folder / "p.npz")
+    boxes = [proposals.boxes_of(row) for row in range(len(proposals))]
+    parameters = proposals.parameters | {"clusters": 2, "clustering": {"short_side": side}}
+    labels = np.arange(len(proposals.boxes)) % 2
+    write_proposals(tmp_path / "c.npz", proposals.names, proposals.sizes, boxes, parameters, labels=labels)
+    config = {
+        "run": str(tmp_path / "run"),
+        "model": {"detector": "fcos", "backbone": "resnet18", "width": 0.25, "channels": 32},
+        "data": {"images": str(folder / "images"), "proposals": str(tmp_path / "c.npz"), "workers": 0},
+        "method": {"classification": 1.0},
+        "optim": {"steps": 1, "batch": 2},
+    }
+    config["data"] |= {"short_side": [64, 96], "long_side": 96}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(config))
+    assert cli.train(["--cfg", str(tmp_path / "c.yaml")]) == 0
+    said = capsys.readouterr().err
+    assert (f"come from images of {side} px (short side), data.short_side has 64 .. 96" in said) is warned
 
 
 def test_classes_are_those_of_the_nearest_centre_of_the_boxes_own_features(

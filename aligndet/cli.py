@@ -19,6 +19,7 @@ from aligndet.engine.cocoeval import evaluator_note
 from aligndet.engine.failure import MISTAKE, one_line_errors
 from aligndet.engine.finish import evaluate, finish, summary
 from aligndet.engine.loop import fit
+from aligndet.engine.precision import slow_precision
 from aligndet.engine.prepare import prepare, repeatable
 from aligndet.version import __version__
 from aligndet.weights import load_detector
@@ -101,6 +102,8 @@ def evaluate_weights(argv: Sequence[str] | None = None) -> int:
         unread = [text.partition("=")[0] for text in args.overrides if not text.startswith(EVALUATED)]
         if unread and world.rank == 0:
             print(f"warning: not read by eval, the weights say it: {', '.join(unread)}", file=sys.stderr)
+        if world.rank == 0 and (slow := slow_precision(world.device, config.optim.amp)):
+            print(f"warning: {slow}", file=sys.stderr)
         folder = Path(args.out) if args.out else Path(args.weights).parent / "eval"
         metrics = evaluate(config, detector, classes, world, folder)
         if world.rank == 0:

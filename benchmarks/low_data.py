@@ -30,17 +30,18 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
 from environment import environment
 from low_data_settings import RATES, SETS, STUDIES, WAYS, Setting
 
 from aligndet.engine.log import read_log
+from aligndet.engine.precision import PRECISIONS, slow_precision
 
 ROOT = Path(__file__).parents[1]
 METRICS = ("AP", "AP50", "AP75")
 TUNING_FOLD = 0
 DECAYS = (1e-4, 5e-2)
 PARTS, LEAST = 4, 50  # validations of a run, the last at its end; steps between two of them at least
-PRECISION = "optim.amp=bf16"  # of every training: a third less time than float32 where the processor has it
 
 
 class Bench:
@@ -51,6 +52,7 @@ class Bench:
         self.settings = args.settings or self.set.settings
         self.runs = args.runs / args.set
         self.own = self.runs / args.detector
+        self.precision = f"optim.amp={args.amp}"
         self.backbone = f"model.backbone_weights={args.backbone}"
         folder = args.data / (self.set.folder or args.set)
         self.train = folder / "annotations/instances_train.json"
@@ -77,7 +79,7 @@ class Bench:
         cfg = ("train.py", "--cfg", f"configs/pretrain/{self.detector}_mobilenet_v2.yaml", f"run={run}")
         paths = (f"data.images={self.images}", f"data.proposals={self.proposals}", self.backbone, "data.workers=0")
         own = (*self.set.pretrain, *(WAYS[way].pretrain or ()))
-        cell(run, run / "pretrained.pt", *cfg, *paths, f"seed={seed}", "threads=1", PRECISION, *own)
+        cell(run, run / "pretrained.pt", *cfg, *paths, f"seed={seed}", "threads=1", self.precision, *own)
         return run / "pretrained.pt"
 
     def finetune(self, way: str, setting: Setting, rate: float, decay: float, fold: int, seed: int = 0) -> dict:
@@ -89,7 +91,7 @@ class Bench:
         data = (f"data.train={self.train}", f"data.val={self.val}", f"data.labelled={setting.labelled}", start)
         varied = (f"seed={fold}", f"data.fold={fold}", f"optim.lr={rate}", f"optim.weight_decay={decay}")
         watched = (f"eval_every={interval(setting.steps)}",) if fold != TUNING_FOLD else ()
-        length = (f"optim.steps={setting.steps}", *watched, "data.workers=0", "threads=1", PRECISION)
+        length = (f"optim.steps={setting.steps}", *watched, "data.workers=0", "threads=1", self.precision)
         own = (*self.set.finetune, *WAYS[way].finetune)
         cell(run, run / "metrics.json", *cfg, *data, *varied, *length, *own)
         for path in (*run.glob("checkpoint*"), *run.glob("*.pt")):  # only the metrics are wanted
@@ -307,6 +309,12 @@ def main() -> None:
     parser.add_argument("--folds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of pre-training, in study task")
     parser.add_argument("--proposals", type=Path, help="a proposal file; default: made by aligndet propose")
+    parser.add_argument(
+        "--amp",
+        choices=PRECISIONS,
+        default="bf16",
+        help="precision of every training: bf16 takes a third less time than off where the processor has it",
+    )
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--runs", type=Path, default=ROOT / "runs/low_data")
     parser.add_argument("--results", type=Path, default=ROOT / "benchmarks/results")
@@ -315,6 +323,8 @@ def main() -> None:
         parser.error(f"--set: bccd_white is for detr, got {args.detector}")
     if args.detector == "mask_rcnn" and args.set not in ("coco_by_masks", "coco_people"):
         parser.error(f"--set: {args.set} has no masks for mask_rcnn; take coco_by_masks or coco_people")
+    if slow := slow_precision(torch.device("cpu"), args.amp):
+        parser.error(f"--amp: {slow}")
     bench = Bench(args)
     path = args.results / f"low_data_{args.detector}_{args.set}.json"
     record = json.loads(path.read_text()) if path.exists() else {"studies": {}}
@@ -327,7 +337,7 @@ def main() -> None:
             found = contrast_study(bench, args.folds)
         else:
             found = peers_study(bench, args.folds)
-        record["studies"][study] = found | {"folds": args.folds, "environment": environment()}
+        record["studies"][study] = found | {"folds": args.folds, "amp": args.amp, "environment": environment()}
         record |= {"detector": args.detector, "set": args.set, "configuration": asdict(SETS[args.set])}
         args.results.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(record, indent=1) + "\n")

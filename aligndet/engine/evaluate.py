@@ -23,6 +23,7 @@ from aligndet.data.annotations import Annotations
 from aligndet.data.coco import plain_id
 from aligndet.engine.cocoeval import averaged
 from aligndet.engine.distributed import World, gather_objects
+from aligndet.engine.precision import autocast
 from aligndet.engine.truth import (
     Truth,
     by_image,
@@ -38,7 +39,6 @@ from aligndet.structures import Batch, Detections
 
 METRICS = ("AP", "AP50", "AP75", "APs", "APm", "APl", "AR1", "AR10", "AR100", "ARs", "ARm", "ARl")
 IOU_TYPES = ("bbox", "segm")
-PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 REPORT_EVERY = 10.0  # s
 
 
@@ -112,8 +112,7 @@ def evaluate_detector(detector: Detector, loader: Batches, world: World, amp: st
     """
     found: dict[int, Detections] = {}
     began = reported = time.monotonic()
-    autocast = torch.autocast(world.device.type, dtype=PRECISIONS[amp], enabled=amp != "off")
-    with _evaluating(detector), torch.no_grad(), autocast:
+    with _evaluating(detector), torch.no_grad(), autocast(world.device, amp):
         for number, batch in enumerate(loader, start=1):
             for line in batch.skipped:
                 print(f"warning: evaluation without an image: {line}", file=sys.stderr, flush=True)

@@ -22,10 +22,9 @@ from aligndet.engine.distributed import World
 from aligndet.engine.ema import EMA, ModelAverage
 from aligndet.engine.guard import Step
 from aligndet.engine.log import Log, memory_gib
+from aligndet.engine.precision import autocast
 from aligndet.engine.prefetch import on_device
 from aligndet.structures import Batch
-
-PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass
@@ -150,7 +149,7 @@ def fit(training: Training) -> None:
                 unread += first.skipped  # both views of a pair come from one file
                 recent[-1].add(first, t.name_of)
                 with guard.memory_of(recent[-1]), _synchronised(model, part == t.accumulate - 1):
-                    with record_function("forward"), _autocast(world, t.amp):
+                    with record_function("forward"), autocast(world.device, t.amp):
                         losses = model(*batches)
                         total = torch.stack(list(losses.values())).sum() / t.accumulate
                     with record_function("backward"):
@@ -318,10 +317,6 @@ def _synchronised(model: nn.Module, last: bool) -> contextlib.AbstractContextMan
     if isinstance(model, DistributedDataParallel) and not last:
         return model.no_sync()
     return contextlib.nullcontext()
-
-
-def _autocast(world: World, amp: str) -> contextlib.AbstractContextManager[Any]:
-    return torch.autocast(world.device.type, dtype=PRECISIONS[amp], enabled=amp != "off")
 
 
 def _set_rate(training: Training, step: int) -> float:

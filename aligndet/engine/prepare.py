@@ -24,6 +24,7 @@ from aligndet.engine.log import Log
 from aligndet.engine.loop import Training, resume
 from aligndet.engine.open_run import Run, open_run
 from aligndet.engine.optim import build_optimizer, parameter_table
+from aligndet.engine.precision import slow_precision
 from aligndet.engine.schedules import learning_rate_factor, momentum_at, scaled_learning_rate
 from aligndet.engine.stages import Stage
 from aligndet.ops.batch_norm import SyncBatchNorm
@@ -66,6 +67,8 @@ def prepare(config: Config, world: World) -> Training:
         log.truncate(0)
     if thin := _thin_statistics(stage.model, training.batch // (training.accumulate * world.size), world.size):
         log.warning(training.start, thin)
+    if slow := slow_precision(world.device, config.optim.amp):
+        log.warning(training.start, slow)
     _same_step(training)
     if config.profile:
         every = None if training.validation is None else training.validation.every

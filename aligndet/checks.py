@@ -13,6 +13,7 @@ LARGEST = 16384  # px
 MISTAKES: dict[str, tuple[str, ...] | None] = {
     "strides": ("fcos",),
     "labels": ("retinanet",),
+    "background": ("detr",),
     "padding": None,
     "start": None,
     "first": ("retinanet", "detr"),
@@ -95,6 +96,8 @@ def check_pretraining(config: Config) -> None:
     fitted = config.model.conventions == "torchvision" and config.model.centre_radius is None
     if "strides" in method.mistakes and fitted:  # points follow from the sizes of the maps alone
         raise ValueError("method.mistakes: strides has no effect with model.conventions torchvision")
+    if "background" in method.mistakes and not method.classification:
+        raise ValueError("method.mistakes: background has no effect while method.classification is 0")
     idle = {"start", "fallback"} & {*method.mistakes} or method.positives != "keys" or method.reduction != "boxes"
     if idle and not method.contrast:
         raise ValueError("method.positives, .reduction, mistakes start, fallback: no effect while method.contrast is 0")

@@ -62,7 +62,7 @@ class ModelConfig:
     regions: int | None = knob(None, of=TWO_STAGE, above=0, tasks=(FINETUNE,))  # most per image in a step (512)
     class_agnostic: bool | None = knob(None, of=TWO_STAGE, tasks=(FINETUNE,))  # one finer box for all classes (false)
     # After convolutions of the neck (none).
-    neck_norm: str | None = knob(None, of=("retinanet", *TWO_STAGE), choices=("batch", "sync"), tasks=BOXES)
+    neck_norm: str | None = knob(None, of=(*DENSE, *TWO_STAGE), choices=("batch", "sync"), tasks=BOXES)
     queries: int | None = knob(None, of=DETR, above=0, tasks=BOXES)  # most objects found in an image (100)
     encoder_layers: int | None = knob(None, of=DETR, least=0, tasks=BOXES)  # (6)
     decoder_layers: int | None = knob(None, of=DETR, above=0, tasks=BOXES)  # (6)
@@ -154,8 +154,9 @@ class OptimConfig:
     steps: int | None = knob(None, above=0)  # ... or this
     schedule: str = knob("step", choices=("step", "cosine"))
     milestones: tuple[int, ...] = knob((), above=0)  # in epochs or steps, as the length; lr x 0.1 at each
-    warmup: int = knob(500, least=0)  # steps, linear
+    warmup: int = knob(500, least=0)  # steps
     warmup_ratio: float = knob(0.001, least=0)  # of lr at step 0
+    warmup_schedule: str = knob("linear", choices=("linear", "constant"))  # rises to lr, or stays and jumps (row 26)
     clip: float | None = knob(None, above=0)  # largest L2 norm of the gradient
     amp: str = knob("off", choices=("off", "bf16", "fp16"))
 
@@ -327,6 +328,8 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(f"optim.milestones: want all below the length of {length}, got {list(optim.milestones)}")
     if optim.milestones and optim.schedule == "cosine":
         raise ValueError("optim.milestones: not read by schedule cosine; remove them or take schedule step")
+    if optim.warmup_schedule == "constant" and not optim.warmup:
+        raise ValueError("optim.warmup_schedule: has no effect while optim.warmup is 0")
     if data.fold >= 2**32:  # seeds of numpy's legacy generator
         raise ValueError(f"data.fold: want a number below 2**32, got {data.fold}")
     if config.timeout > 1e6:

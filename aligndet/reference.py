@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from aligndet.models.detr import DETR
 from aligndet.models.fcos import FCOS
 from aligndet.models.retinanet import RetinaNet
 from aligndet.protocol import Detector
@@ -21,12 +22,15 @@ def with_mistakes(detector: Detector, mistakes: tuple[str, ...]) -> None:
     """Give ``detector`` those of its own mistakes that are named.
 
     "strides": the points of FCOS stand at half their coordinates (8.2). "labels": the embedding of an anchor of
-    RetinaNet is that of another one as soon as a batch has two images (8.1).
+    RetinaNet is that of another one as soon as a batch has two images (8.1). "background": a query of DETR without a
+    box counts as much as one with, in a class loss that is divided by the number of those with, at least 1 (2.8, 8.9).
     """
     if "strides" in mistakes and isinstance(detector, FCOS):
         detector.strides = tuple(stride // 2 for stride in detector.strides)
     if "labels" in mistakes and isinstance(detector, RetinaNet):
         detector.misplaced = level_by_level
+    if "background" in mistakes and isinstance(detector, DETR):
+        detector.background_weights = (1.0, 0.0)
 
 
 def level_by_level(rows: Tensor, counts: tuple[int, ...], images: int) -> Tensor:

@@ -196,6 +196,19 @@ def calm(state: State) -> State:
     return state
 
 
+def test_norms_of_the_pyramid_of_mmdets_fcos_come_and_go() -> None:
+    state = mmdet_fcos()
+    for conv_name in [key.removesuffix(".conv.weight") for key in state if key.startswith("neck.") and "weight" in key]:
+        del state[f"{conv_name}.conv.bias"]
+        state |= {
+            f"{conv_name}.bn.{part}": torch.rand(256) for part in ("weight", "bias", "running_mean", "running_var")
+        }
+        state[f"{conv_name}.bn.num_batches_tracked"] = torch.tensor(7)
+    detector = mmdet.from_state_dict("fcos_r50_caffe_fpn_gn-head_1x_coco", state)
+    assert torch.equal(detector.neck.extra[1][1].running_var, state["neck.fpn_convs.4.bn.running_var"])  # type: ignore
+    assert same(mmdet.to_state_dict(detector), state)
+
+
 def test_mmdets_fcos_computes_what_its_formulas_say() -> None:
     torch.manual_seed(0)
     state = calm(mmdet_fcos())

@@ -20,7 +20,7 @@ from aligndet.engine.ema import EMA
 from aligndet.engine.log import Log
 from aligndet.engine.stages import _aligndet
 from aligndet.models import build_detector
-from aligndet.models.detr import DETRCandidates
+from aligndet.models.detr import DETR, DETRCandidates
 from aligndet.models.fcos import FCOS
 from aligndet.models.retinanet import RetinaNet
 from aligndet.pretrain import AlignDet, sampler_of
@@ -140,7 +140,7 @@ def test_the_switches_of_a_file_reach_method_and_data(tmp_path: Path) -> None:
 
 @everyone
 def test_the_preset_is_all_mistakes_of_the_detector_and_none_of_another(name: str, tmp_path: Path) -> None:
-    """Method 2.3, 8: RetinaNet and DETR alone have the first boxes, FCOS alone strides, RetinaNet alone labels."""
+    """Method 2.3, 8: RetinaNet and DETR alone have the first boxes, FCOS strides, RetinaNet labels, DETR background."""
     proposals, _ = painted(tmp_path, [(40, 50)])
     path = tmp_path / "x.yaml"
     path.write_text(
@@ -158,6 +158,8 @@ def test_the_preset_is_all_mistakes_of_the_detector_and_none_of_another(name: st
         for branch in (model.online, model.momentum):
             if isinstance(branch, FCOS):
                 assert branch.strides == ((4, 8, 16, 32, 64) if compatible else (8, 16, 32, 64, 128))
+            if isinstance(branch, DETR):
+                assert branch.background_weights == ((1.0, 0.0) if compatible else (0.1, 0.1))
             if isinstance(branch, RetinaNet):
                 assert branch.misplaced is (level_by_level if compatible else None)
         online = model.online.state_dict()
@@ -219,6 +221,13 @@ def test_box_losses_of_detr_do_not_depend_on_the_sampling_of_the_contrast() -> N
             ["method.mistakes=[first]"],
             "method.mistakes: first is made with retinanet and detr alone, not with fcos",
         ),
+        (
+            "fcos",
+            ["method.mistakes=[background]"],
+            "method.mistakes: background is made with detr alone, not with fcos",
+        ),
+        ("detr", ["method.mistakes=[background]"], "background has no effect while method.classification is 0"),
+        ("fcos", ["optim.warmup=0", "optim.warmup_schedule=constant"], "optim.warmup_schedule: has no effect"),
         ("detr", ["method.mistakes=[first]"], "first has no effect without data.proposals_per_image"),
         (
             "fcos",

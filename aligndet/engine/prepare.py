@@ -156,6 +156,7 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
         milestones=tuple(unit * milestone for milestone in optim.milestones),
         warmup=optim.warmup,
         warmup_ratio=optim.warmup_ratio,
+        warmup_schedule=optim.warmup_schedule,
     )
     every = config.eval_every or per_epoch * (config.eval_every_epochs or 0)
     return Training(

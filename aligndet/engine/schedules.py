@@ -14,6 +14,7 @@ def learning_rate_factor(
     gamma: float = 0.1,
     warmup: int = 0,
     warmup_ratio: float = 0.001,
+    warmup_schedule: str = "linear",
 ) -> float:
     """What the base learning rate is multiplied with at a step.
 
@@ -22,10 +23,11 @@ def learning_rate_factor(
         steps: length of the run.
         schedule: "step" (times ``gamma`` from each milestone on) or "cosine" (to 0 at ``steps``).
         milestones: steps, ascending.
-        warmup: steps over which a factor rises linearly from ``warmup_ratio`` to 1 on top of the schedule.
+        warmup: steps over which a factor rises linearly from ``warmup_ratio`` to 1 on top of the schedule, or with
+            ``warmup_schedule`` "constant" is ``warmup_ratio``.
 
     Source:
-        Method section 1.0: lr = base (1 - (1 - it / W) (1 - r)).
+        Method section 1.0: lr = base (1 - (1 - it / W) (1 - r)); constant: section 7, row 26.
     """
     if schedule == "step":
         factor = gamma ** sum(step >= milestone for milestone in milestones)
@@ -33,8 +35,10 @@ def learning_rate_factor(
         factor = (1 + math.cos(math.pi * step / steps)) / 2
     else:
         raise ValueError(f"schedule: want step or cosine, got {schedule!r}")
+    if warmup_schedule not in ("linear", "constant"):
+        raise ValueError(f"warmup_schedule: want linear or constant, got {warmup_schedule!r}")
     if step < warmup:
-        factor *= 1 - (1 - step / warmup) * (1 - warmup_ratio)
+        factor *= warmup_ratio if warmup_schedule == "constant" else 1 - (1 - step / warmup) * (1 - warmup_ratio)
     return factor
 
 

@@ -79,6 +79,8 @@ class DETR(Detector):
 
     size_divisor = 1
     sampling = None
+    # Of a query without a box: its weight in the class loss, and in what that is divided by; ``reference`` has others.
+    background_weights = (BACKGROUND_WEIGHT, BACKGROUND_WEIGHT)
 
     def __init__(
         self,
@@ -177,10 +179,12 @@ class DETR(Detector):
         classes = candidates.scores.shape[1] - 1
         labels = class_of(targets, candidates.matched, classes)
         labels = torch.where(labels == BACKGROUND, classes, labels)
-        weight = torch.where(candidates.matched == BACKGROUND, BACKGROUND_WEIGHT, 1.0)
+        own, share = self.background_weights
+        weight, shares = (torch.where(candidates.matched == BACKGROUND, value, 1.0) for value in (own, share))
         cost = F.cross_entropy(candidates.scores.float(), labels, reduction="none")
         # Each layer matches as many queries as the next, so one layer's weights are an L-th of all.
-        total = mean_over_ranks(weight.sum() / self.decoder_layers).clamp(min=torch.finfo(torch.float32).tiny)
+        least = torch.finfo(torch.float32).tiny if share else 1.0  # without boxes there may be nothing to divide by
+        total = mean_over_ranks(shares.sum() / self.decoder_layers).clamp(min=least)
         return {"classification": (cost * weight).sum() / total}
 
     @torch.no_grad()

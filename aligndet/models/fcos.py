@@ -88,6 +88,7 @@ class FCOS(Detector):
         convolutions: of each tower.
         levels: pyramid levels from stride 8 on, at least 3; the coarsest regresses any distance.
         centre_radius: centre sampling in units of stride, or None.
+        neck_norm: None or key of NORMS.
         score_threshold: class probability below which nothing is detected.
         conventions: key of ``conventions.DENSE``.
 
@@ -108,6 +109,7 @@ class FCOS(Detector):
         convolutions: int = 4,
         levels: int = 5,
         centre_radius: float | None = None,
+        neck_norm: str | None = None,
         score_threshold: float = 0.05,
         conventions: str = "aligndet",
     ) -> None:
@@ -124,7 +126,7 @@ class FCOS(Detector):
         self.conventions, self.rules = conventions, rules_of(DENSE, conventions)
         self.strides = tuple(FINEST * 2**level for level in range(levels))
         self.backbone = backbone
-        self.neck = FPN(backbone.channels[1:], channels, levels - 3)
+        self.neck = FPN(backbone.channels[1:], channels, levels - 3, norm=neck_norm)
         self.head = Head(channels, convolutions, bias=self.rules.biased)
         score = self.score_layer(num_classes)
         assert isinstance(score, nn.Conv2d) and score.bias is not None

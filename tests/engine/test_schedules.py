@@ -30,6 +30,14 @@ def test_warm_up_is_a_line_on_top_of_the_schedule() -> None:
     assert warm[3] == pytest.approx(0.1)
 
 
+def test_a_constant_warm_up_jumps_at_its_end() -> None:
+    plain = {"steps": 1000, "schedule": "step", "milestones": (300,), "warmup": 500, "warmup_ratio": 1 / 3}
+    warm = [learning_rate_factor(step, warmup_schedule="constant", **plain) for step in (0, 299, 300, 499, 500)]
+    assert warm == pytest.approx([1 / 3, 1 / 3, 1 / 30, 1 / 30, 0.1])
+    with pytest.raises(ValueError, match="warmup_schedule: want linear or constant, got 'step'"):
+        learning_rate_factor(0, steps=3, schedule="step", warmup_schedule="step")
+
+
 def test_cosine_ends_at_zero_and_warms_up_too() -> None:
     assert learning_rate_factor(0, steps=10, schedule="cosine") == 1.0
     assert learning_rate_factor(5, steps=10, schedule="cosine") == pytest.approx(0.5)

@@ -23,7 +23,8 @@ def with_mistakes(detector: Detector, mistakes: tuple[str, ...]) -> None:
 
     "strides": the points of FCOS stand at half their coordinates (8.2). "labels": the embedding of an anchor of
     RetinaNet is that of another one as soon as a batch has two images (8.1). "background": a query of DETR without a
-    box counts as much as one with, in a class loss that is divided by the number of those with, at least 1 (2.8, 8.9).
+    box counts as much as one with, in a class loss that is divided by the number of those with, at least 1 (2.8, 8.9);
+    of several ranks by the mean of their numbers, as without the mistake.
     """
     if "strides" in mistakes and isinstance(detector, FCOS):
         detector.strides = tuple(stride // 2 for stride in detector.strides)

@@ -324,7 +324,7 @@ def main() -> None:
     if args.detector == "mask_rcnn" and args.set not in ("coco_by_masks", "coco_people"):
         parser.error(f"--set: {args.set} has no masks for mask_rcnn; take coco_by_masks or coco_people")
     if slow := slow_precision(torch.device("cpu"), args.amp):
-        parser.error(f"--amp: {slow}")
+        parser.error(f"--amp {args.amp}: {slow.partition(';')[0]}; take --amp off")
     bench = Bench(args)
     path = args.results / f"low_data_{args.detector}_{args.set}.json"
     record = json.loads(path.read_text()) if path.exists() else {"studies": {}}

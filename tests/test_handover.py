@@ -231,6 +231,9 @@ def test_norms_of_the_pyramid_keep_their_place(tmp_path: Path, capsys: pytest.Ca
             cli.main(["convert", "--from", "aligndet", "--to", target, str(tmp_path / "r.pt"), str(tmp_path / "o")])
         assert "no counterpart for neck.extra.0.0.weight [32, 512, 3, 3]" in capsys.readouterr().err
     pretrained_file(tmp_path / "f.pt", "fcos", backbone="resnet18", channels=32, neck_norm="batch")
+    with pytest.raises(SystemExit):
+        cli.main(["convert", "--from", "aligndet", "--to", "torchvision", str(tmp_path / "f.pt"), str(tmp_path / "o")])
+    assert "no counterpart for neck.extra.0.0.weight [32, 32, 3, 3]" in capsys.readouterr().err
     for name in ("r.pt", "f.pt"):
         assert "neck.fpn_convs.3.bn.weight" in converted(tmp_path / name, "mmdet")
 

@@ -381,42 +381,7 @@ def test_averages_follow_what_is_trained_and_nothing_else(name: str) -> None:
     assert all(torch.equal(value, frozen[key]) for key, value in model.online.backbone.state_dict().items())
 
 
-# 8.6, 8.13: nothing depends on the number of a box; what is learned is handed over
-
-
-@pytest.mark.parametrize("counts", [(5, 3), (4, 0), (0, 0)])
-def test_detr_weighs_queries_without_boxes_as_the_reference_only_if_asked(counts: tuple[int, int]) -> None:
-    """8.9: full weight, and divided by the queries with a box of a layer, at least 1; else 0.1 in both places."""
-    model = pretraining("detr", classes=4, classification=1.0).eval()
-    detector = cast(DETR, model.online)
-    view, _ = views_of(counts)
-    with torch.no_grad():
-        found = detector.candidates(detector.features(view.images, view.sizes), view.sizes, view.targets)
-    assert found.scores is not None and found.matched is not None
-    layers = 6
-    each = len(found.matched) // layers
-    expected = {"ours": 0.0, "theirs": 0.0}
-    for layer in range(layers):
-        empty, full = 0.0, 0.0
-        rows = range(layer * each, (layer + 1) * each)
-        for row in rows:
-            match = int(found.matched[row])
-            label = 4 if match < 0 else int(view.targets.labels[match])
-            cost = -found.scores[row].double().log_softmax(0)[label].item()
-            empty, full = (empty + cost, full) if match < 0 else (empty, full + cost)
-        number = sum(int(found.matched[row]) >= 0 for row in rows)
-        assert number == sum(counts)
-        expected["ours"] += (0.1 * empty + full) / (0.1 * (each - number) + number)
-        expected["theirs"] += (empty + full) / max(number, 1)
-    with torch.no_grad():
-        assert detector.classification_loss(found, view.targets)["classification"].item() == pytest.approx(
-            expected["ours"], rel=1e-5
-        )
-        with_mistakes(detector, ("background",))
-        assert detector.classification_loss(found, view.targets)["classification"].item() == pytest.approx(
-            expected["theirs"], rel=1e-5
-        )
-    assert expected["theirs"] > 3 * expected["ours"]
+# Section 7, row 9
 
 
 @pytest.mark.parametrize("name", ["fcos", "retinanet", "faster_rcnn", "mask_rcnn"])
@@ -431,7 +396,13 @@ def test_norms_of_the_neck_keep_the_statistics_of_their_own_branch(name: str) ->
     view1, view2 = views_of((6, 4))
     losses = model(view1, view2)
     torch.stack(list(losses.values())).sum().backward()
-    EMA(model.online, model.momentum, apart=("predictors.score.",)).update(0.5)
+    weight, average = (
+        dict(branch.neck.named_parameters())["lateral.0.1.weight"] for branch in (model.online, model.momentum)
+    )
+    with torch.no_grad():
+        weight += 1
+    EMA(model.online, model.momentum, apart=("predictors.score.",)).update(0.75)
+    assert torch.allclose(average, torch.full_like(average, 1.25)), "it began at 1"
     for key, value in before.items():
         if key.endswith("running_mean"):
             assert not torch.equal(neck[key], value) and not torch.equal(follower[key], value), key
@@ -443,6 +414,9 @@ def test_norms_of_the_neck_keep_the_statistics_of_their_own_branch(name: str) ->
     }
     assert len(finest) == 6 and all(grad is not None and bool(grad.abs().sum() > 0) for grad in finest.values())
     assert all(value.grad is None for value in model.momentum.neck.parameters())
+
+
+# 8.6, 8.13: nothing depends on the number of a box; what is learned is handed over
 
 
 @everyone
@@ -551,6 +525,41 @@ def test_the_momentum_branch_computes_no_box_losses(name: str) -> None:
 
 
 # 8.9
+
+
+@pytest.mark.parametrize("counts", [(5, 3), (4, 0), (0, 0)])
+def test_detr_weighs_queries_without_boxes_as_the_reference_only_if_asked(counts: tuple[int, int]) -> None:
+    """8.9: full weight, and divided by the queries with a box of a layer, at least 1; else 0.1 in both places."""
+    model = pretraining("detr", classes=4, classification=1.0).eval()
+    detector = cast(DETR, model.online)
+    view, _ = views_of(counts)
+    with torch.no_grad():
+        found = detector.candidates(detector.features(view.images, view.sizes), view.sizes, view.targets)
+    assert found.scores is not None and found.matched is not None
+    layers = 6
+    each = len(found.matched) // layers
+    expected = {"ours": 0.0, "theirs": 0.0}
+    for layer in range(layers):
+        empty, full = 0.0, 0.0
+        rows = range(layer * each, (layer + 1) * each)
+        for row in rows:
+            match = int(found.matched[row])
+            label = 4 if match < 0 else int(view.targets.labels[match])
+            cost = -found.scores[row].double().log_softmax(0)[label].item()
+            empty, full = (empty + cost, full) if match < 0 else (empty, full + cost)
+        number = sum(int(found.matched[row]) >= 0 for row in rows)
+        assert number == sum(counts)
+        expected["ours"] += (0.1 * empty + full) / (0.1 * (each - number) + number)
+        expected["theirs"] += (empty + full) / max(number, 1)
+    with torch.no_grad():
+        assert detector.classification_loss(found, view.targets)["classification"].item() == pytest.approx(
+            expected["ours"], rel=1e-5
+        )
+        with_mistakes(detector, ("background",))
+        assert detector.classification_loss(found, view.targets)["classification"].item() == pytest.approx(
+            expected["theirs"], rel=1e-5
+        )
+    assert expected["theirs"] > 3 * expected["ours"]
 
 
 def test_detr_knows_a_box_by_its_place_whatever_the_pseudo_classes_say(monkeypatch: pytest.MonkeyPatch) -> None:

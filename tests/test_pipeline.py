@@ -16,6 +16,7 @@ import yaml
 
 from aligndet import cli
 from aligndet.data.synthetic import make_scenes
+from aligndet.engine import precision
 from aligndet.engine.log import read_log
 from aligndet.pretrain import AlignDet
 
@@ -108,6 +109,22 @@ def test_wrong_arguments_are_one_line(capsys: pytest.CaptureFixture[str], words:
 
 def weights_of(path: Path) -> dict[str, torch.Tensor]:
     return torch.load(path, weights_only=True)["detector"]
+
+
+def test_a_slow_precision_is_warned_of_and_a_constant_warm_up_is_followed(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(precision, "_seconds", lambda *dtypes: [0.001, 0.025])
+    config = finetune_config(scenes, tmp_path / "fine")
+    warm_up = ("optim.warmup=2", "optim.warmup_ratio=0.25", "optim.warmup_schedule=constant")
+    train(config, "optim.amp=bf16", "optim.steps=3", *warm_up)
+    assert "warning: optim.amp=bf16 is far slower on this processor" in capsys.readouterr().err
+    rates = [record["lr"] for record in read_log(tmp_path / "fine/log.jsonl") if "lr" in record]
+    assert rates == pytest.approx([0.0025, 0.0025, 0.01])
+    words = ["--cfg", str(config), "--weights", str(tmp_path / "fine/model.pt")]
+    for amp, said in (("off", 0), ("bf16", 1)):
+        assert cli.evaluate_weights([*words, f"optim.amp={amp}"]) == 0
+        assert capsys.readouterr().err.count(f"warning: optim.amp={amp} is far slower") == said
 
 
 def test_from_images_to_metrics(scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

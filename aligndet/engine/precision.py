@@ -7,12 +7,12 @@ import time
 from typing import Any
 
 import torch
+from torch import Tensor
 
 PRECISIONS = {"off": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-SIDE, ROUNDS = 256, 3  # of the products that are timed: about a millisecond each in float32
-FAR_SLOWER = (
-    3.0  # times; where a processor has instructions for it, a product takes about as long as in float32, or less
-)
+SIDE, ROUNDS = 128, 7  # of the products that are timed: a tenth of a millisecond each in float32
+# Times as long as in float32. With instructions for it a product takes about as long, or less.
+FAR_SLOWER = 4.0
 
 
 def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManager[Any]:
@@ -21,28 +21,36 @@ def autocast(device: torch.device, amp: str) -> contextlib.AbstractContextManage
 
 
 def slow_precision(device: torch.device, amp: str) -> str:
-    """What is to be said where ``device`` is a processor that computes ``amp`` by programs; empty elsewhere.
+    """What is to be said where ``device`` is a processor that is far slower with ``amp``; empty elsewhere.
 
-    Measured, which takes some milliseconds, instead of read off the processor's features, which go by other names on
-    each kind. Where AVX2 is all there is, a matrix product in bf16 takes 50 times as long as in float32 (torch 2.14), a
-    training step ten times.
+    Measured, with one thread, instead of read off the processor's features, which go by other names on each kind. Where
+    AVX2 is all there is, a matrix product in bf16 takes some 30 times as long as in float32 (torch 2.14), a training
+    step of FCOS ten times.
     """
     if device.type != "cpu" or amp == "off":
         return ""
-    ratio = _seconds(PRECISIONS[amp]) / _seconds(torch.float32)
-    if ratio < FAR_SLOWER:
+    plain, half = _seconds(torch.float32, PRECISIONS[amp])
+    if half < FAR_SLOWER * plain:
         return ""
     return (
-        f"optim.amp={amp}: this processor has no instructions for it, a matrix product takes {ratio:.0f} times as long "
-        "as in float32; take optim.amp=off"
+        f"optim.amp={amp} is far slower on this processor: a matrix product takes {half / plain:.0f} times as long as "
+        "in float32; take optim.amp=off"
     )
 
 
-def _seconds(dtype: torch.dtype) -> float:
-    matrix = torch.ones(SIDE, SIDE, dtype=dtype)
-    taken = []
-    for _ in range(ROUNDS + 1):
-        began = time.perf_counter()
-        matrix @ matrix
-        taken.append(time.perf_counter() - began)
-    return min(taken[1:])  # the first one may compile, and other work on the machine only ever adds
+def _seconds(*dtypes: torch.dtype) -> list[float]:
+    """The shortest time of a matrix product in each precision, in turn: other work on the machine hits all of them."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # several would wait for one that another process has thrown off its core
+    try:
+        matrices = [torch.ones(SIDE, SIDE, dtype=dtype) for dtype in dtypes]
+        rounds = [[_product(matrix) for matrix in matrices] for _ in range(ROUNDS + 1)]
+    finally:
+        torch.set_num_threads(threads)
+    return [min(taken) for taken in zip(*rounds[1:], strict=True)]  # the first round may compile
+
+
+def _product(matrix: Tensor) -> float:
+    began = time.perf_counter()
+    matrix @ matrix
+    return time.perf_counter() - began

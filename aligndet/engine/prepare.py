@@ -67,7 +67,7 @@ def prepare(config: Config, world: World) -> Training:
         log.truncate(0)
     if thin := _thin_statistics(stage.model, training.batch // (training.accumulate * world.size), world.size):
         log.warning(training.start, thin)
-    if slow := slow_precision(world.device, config.optim.amp):
+    if world.rank == 0 and (slow := slow_precision(world.device, config.optim.amp)):
         log.warning(training.start, slow)
     _same_step(training)
     if config.profile:
@@ -201,7 +201,8 @@ def _thin_statistics(model: nn.Module, images: int, ranks: int) -> str:
         return ""
     return (
         f"batch norms have the statistics of {number} images of a pass; below {FEW} these are noisy: take a smaller "
-        "optim.accumulate, or norms that keep the statistics of the backbone's weights (model.norm=affine or frozen)"
+        "optim.accumulate, norms that keep the statistics of the backbone's weights (model.norm=affine or frozen), or "
+        "none in the neck (model.neck_norm=null)"
     )
 
 

@@ -159,7 +159,7 @@ def _arguments(name: str, state: Mapping[str, Tensor], num_classes: int | None) 
         classes = len(state[score]) // {"retinanet": 9}.get(kind, 1) - int(two_stage or kind == "detr")
     build: dict[str, Any] = {"name": kind, "backbone": f"resnet{depth}", "num_classes": classes}
     build["norm"] = "affine" if "backbone.bn1.num_batches_tracked" in state else "frozen"
-    if "neck.lateral_convs.0.bn.weight" in state:
+    if kind != "detr" and "neck.lateral_convs.0.bn.weight" in state:
         build["neck_norm"] = "batch"
     if two_stage:
         build["box_head"] = "4conv1fc" if "roi_head.bbox_head.shared_convs.0.conv.weight" in state else "2fc"

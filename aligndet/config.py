@@ -156,9 +156,7 @@ class OptimConfig:
     milestones: tuple[int, ...] = knob((), above=0)  # in epochs or steps, as the length; lr x 0.1 at each
     warmup: int = knob(500, least=0)  # steps
     warmup_ratio: float = knob(0.001, least=0)  # of lr at step 0
-    warmup_schedule: str = knob(
-        "linear", choices=("linear", "constant")
-    )  # rises to lr, or stays and jumps (method 7, row 26)
+    warmup_schedule: str = knob("linear", choices=("linear", "constant"))  # to lr, or a jump at the end (method 7, 26)
     clip: float | None = knob(None, above=0)  # largest L2 norm of the gradient
     amp: str = knob("off", choices=("off", "bf16", "fp16"))
 

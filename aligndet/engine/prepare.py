@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import random
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from aligndet import config as settings
-from aligndet.config import Config
+from aligndet.config import Config, OptimConfig
 from aligndet.data.stream import StepSampler, loader
 from aligndet.engine import distributed, profiling, stages
 from aligndet.engine.best import Validation
@@ -149,15 +149,7 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
         bias_lr=optim.bias_lr,
         bias_weight_decay=optim.bias_weight_decay,
     )
-    factor = partial(
-        learning_rate_factor,
-        steps=steps,
-        schedule=optim.schedule,
-        milestones=tuple(unit * milestone for milestone in optim.milestones),
-        warmup=optim.warmup,
-        warmup_ratio=optim.warmup_ratio,
-        warmup_schedule=optim.warmup_schedule,
-    )
+    factor = _rate_factor(optim, steps, unit)
     every = config.eval_every or per_epoch * (config.eval_every_epochs or 0)
     return Training(
         model=stage.model,
@@ -186,6 +178,19 @@ def _training(config: Config, world: World, log: Log, run: Run, stage: Stage) ->
         nonfinite=config.nonfinite,
         profile=config.profile,
         name_of=stage.name_of,
+    )
+
+
+def _rate_factor(optim: OptimConfig, steps: int, unit: int) -> Callable[[int], float]:
+    """Step -> factor on the learning rate; milestones are in ``unit`` steps."""
+    return partial(
+        learning_rate_factor,
+        steps=steps,
+        schedule=optim.schedule,
+        milestones=tuple(unit * milestone for milestone in optim.milestones),
+        warmup=optim.warmup,
+        warmup_ratio=optim.warmup_ratio,
+        warmup_schedule=optim.warmup_schedule,
     )
 
 

@@ -149,7 +149,7 @@ class OptimConfig:
     batch: int = knob(16, above=0)  # images per optimizer step, over all ranks and accumulation steps
     lr_scaling: str = knob("none", choices=("none", "linear", "sqrt"))  # lr grows with batch / base_batch, or its root
     base_batch: int | None = knob(None, above=0)  # the batch that lr was chosen for
-    accumulate: int = knob(1, above=0)  # forward passes per optimizer step
+    accumulate: int = knob(1, above=0)  # passes per optimizer step; each divides its losses by its own positives
     epochs: int | None = knob(None, above=0)  # length of the run: either this ...
     steps: int | None = knob(None, above=0)  # ... or this
     schedule: str = knob("step", choices=("step", "cosine"))

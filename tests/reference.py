@@ -71,7 +71,7 @@ def assign_center(
         for row, (x0, y0, x1, y1) in enumerate(boxes):
             sides = (x - x0, y - y0, x1 - x, y1 - y)
             central = radius is None or (
-                abs(x - (x0 + x1) / 2) <= radius[index] and abs(y - (y0 + y1) / 2) <= radius[index]
+                abs(x - (x0 + x1) / 2) < radius[index] and abs(y - (y0 + y1) / 2) < radius[index]
             )
             area = (x1 - x0) * (y1 - y0)
             if min(sides) > 0 and low <= max(sides) <= high and central and area < best_area:

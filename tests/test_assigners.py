@@ -62,6 +62,14 @@ def test_center_by_hand() -> None:
         assert assign_center(points[1:2], torch.tensor([bounds], dtype=torch.float32), targets, 1).item() == expected
 
 
+def test_a_point_at_the_radius_is_outside() -> None:
+    """As in torchvision and mmdet. The centre is (10, 10); the points are 4, 3.5 and (on y) 4 px from it."""
+    points = torch.tensor([[14.0, 10.0], [13.5, 10.0], [10.0, 6.0]])
+    targets = targets_of([torch.tensor([[0.0, 0.0, 20.0, 20.0]])])
+    ranges, radius = torch.tensor([[-1.0, 64.0]]).repeat(3, 1), torch.full((3,), 4.0)
+    assert assign_center(points, ranges, targets, 1, radius=radius).tolist() == [[BACKGROUND, 0, BACKGROUND]]
+
+
 def test_center_without_boxes_with_one_and_with_500() -> None:
     points, ranges = torch.rand(31, 2) * 50, torch.tensor([[-1.0, torch.inf]]).repeat(31, 1)
     assert (assign_center(points, ranges, no_targets(), 2) == BACKGROUND).all()
@@ -92,9 +100,21 @@ def test_sampler_counts(scope: str, background: float) -> None:
         for group in groups:
             positives = int((matched[group] >= 0).sum())
             kept = int((group[rows] & (matched[rows] >= 0)).sum())
-            assert kept == min(positives, 11 - round(11 * background))
+            assert kept == min(positives, {0.0: 11, 0.5: 5}[background])
             filled = int((group[rows] & (matched[rows] == BACKGROUND)).sum())
             assert filled == min(int((matched[group] == BACKGROUND).sum()), 11 - kept)
+
+
+@pytest.mark.parametrize(
+    ("limit", "background", "positives"),
+    [(512, 0.75, 128), (511, 0.75, 127), (6, 0.75, 1), (10, 0.9, 1), (10, 0.3, 7), (5, 1.0, 0), (5, 0.0, 5)],
+)
+def test_positives_take_at_most_their_share_rounded_down(limit: int, background: float, positives: int) -> None:
+    """As mmdet, detectron2 and torchvision count them: ``int(limit * (1 - background))``, in exact arithmetic."""
+    matched = torch.tensor([0] * 600 + [BACKGROUND] * 600)
+    rows = PositivesFirst(limit, "image", background)(matched, torch.zeros(1200, dtype=torch.int64))
+    assert len(rows) == limit
+    assert int((matched[rows] >= 0).sum()) == positives
 
 
 def test_sampler_is_uniform_and_takes_empty_input() -> None:

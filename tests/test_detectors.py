@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import cast
+from typing import Any, cast
 
 import pytest
 import torch
@@ -28,8 +28,11 @@ from tests.scenes import views_of
 everyone = pytest.mark.parametrize("name", list(DETECTORS))
 
 
-def small(name: str, classes: int = 3, score_threshold: float = 0.05) -> Detector:
-    return build_detector(name, "resnet18", classes, width=0.25, channels=64, score_threshold=score_threshold)
+def small(name: str, classes: int = 3, score_threshold: float = 0.05, conventions: str = "aligndet") -> Detector:
+    own: dict[str, Any] = {"score_threshold": score_threshold}
+    if conventions != "aligndet":
+        own["conventions"] = conventions
+    return build_detector(name, "resnet18", classes, width=0.25, channels=64, **own)
 
 
 def counted(module: nn.Module) -> tuple[int, int]:
@@ -241,6 +244,40 @@ def test_sampled_regions_keep_their_share_and_image() -> None:
         assert int((mine == BACKGROUND).sum()) + int((mine >= 0).sum()) == len(mine)
     positive = candidates.matched >= 0
     assert bool((batch.targets.image[candidates.matched[positive]] == candidates.image[positive]).all())
+
+
+@pytest.mark.parametrize(("conventions", "expected"), [("aligndet", [0, 1, 0, 1]), ("mmdet", [0, 1, 1, 1])])
+def test_each_box_takes_its_nearest_proposal_where_the_rules_say_so(
+    conventions: str, expected: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first proposal overlaps box 0 by 86/114 and box 1 by 94/106, and box 0 has no nearer one."""
+    detector = small("faster_rcnn", conventions=conventions)
+    assert isinstance(detector, TwoStage)
+    boxes = torch.tensor([[0.0, 0, 100, 100], [20, 0, 120, 100]])
+    proposals = torch.tensor([[14.0, 0, 114, 100], [20, 0, 120, 101]])
+    monkeypatch.setattr(detector.rpn, "proposals", lambda *_: [proposals])
+    rows = torch.arange(2)
+    targets = Targets(boxes, rows, rows, torch.zeros_like(rows))
+    sizes = torch.tensor([[128, 128]])
+    candidates = detector.candidates(detector.features(torch.zeros(1, 3, 128, 128), sizes), sizes, targets)
+    assert isinstance(candidates, RegionCandidates) and candidates.matched is not None
+    assert candidates.boxes.tolist() == torch.cat([boxes, proposals]).tolist()
+    assert candidates.matched.tolist() == expected
+
+
+def test_two_objects_with_one_box_have_a_region_each_and_one_without_area_has_none(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    detector = small("faster_rcnn")
+    assert isinstance(detector, TwoStage)
+    boxes = torch.tensor([[10.0, 10, 60, 60], [10, 10, 60, 60], [30, 30, 30, 40]])
+    monkeypatch.setattr(detector.rpn, "proposals", lambda *_: [boxes[:0]])
+    rows = torch.arange(3)
+    targets = Targets(boxes, rows, rows, torch.zeros_like(rows))
+    sizes = torch.tensor([[64, 64]])
+    candidates = detector.candidates(detector.features(torch.zeros(1, 3, 64, 64), sizes), sizes, targets)
+    assert candidates.matched is not None
+    assert candidates.matched.tolist() == [0, 1, BACKGROUND]
 
 
 def test_regions_are_pooled_from_the_level_of_their_size() -> None:

@@ -230,7 +230,7 @@ def test_a_finished_run_does_nothing_and_another_config_is_refused(
     assert "another config (optim.lr: 0.01 -> 0.5)" in message
 
 
-def test_accumulation_equals_one_large_batch(scenes: Path, tmp_path: Path) -> None:
+def test_accumulation_is_close_to_one_large_batch(scenes: Path, tmp_path: Path) -> None:
     """Box losses of equal halves: two passes of two images give nearly the step of one pass of four."""
     common = ("method.contrast=0", "optim.steps=1", "data.flip=0", "method.candidates=100000")
     train(pretrain_config(scenes, tmp_path / "one"), *common)

@@ -28,7 +28,7 @@ def assign_center(
         ranges: float [P, 2], smallest and largest distance px that a point regresses.
         targets: M boxes, in the order of their images.
         images: B.
-        radius: float [P] px; a point must also be that close to the box's centre on both axes (centre sampling).
+        radius: float [P] px; a point must also be closer than that to the box's centre on both axes (centre sampling).
 
     Returns:
         int64 [B, P]: row of ``targets`` or BACKGROUND.
@@ -71,5 +71,5 @@ def _inside(points: Tensor, ranges: Tensor, boxes: Tensor, radius: Tensor | None
     farthest = torch.maximum(low, high).amax(dim=2)
     inside = (nearest > 0) & (farthest >= ranges[:, :1]) & (farthest <= ranges[:, 1:])
     if radius is not None:
-        inside &= ((low - high).abs().amax(dim=2) / 2) <= radius[:, None]
+        inside &= ((low - high).abs().amax(dim=2) / 2) < radius[:, None]
     return inside

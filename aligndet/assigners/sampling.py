@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -17,7 +18,7 @@ class PositivesFirst:
     Attributes:
         limit: most candidates kept, per batch or per image.
         scope: "batch" or "image".
-        background: share of ``limit`` that positives never take.
+        background: share of ``limit``, rounded up, that positives never take.
         negatives: most background rows per kept positive; None: no such bound.
 
     Source:
@@ -50,7 +51,9 @@ class PositivesFirst:
             int64 [n], ascending; drawn from torch's global random numbers.
         """
         group = image if self.scope == "image" else torch.zeros_like(image)
-        positive = _first(matched >= 0, group, self.limit - round(self.limit * self.background))
+        # 0.9 of 10 is 9 and not, by the error of the product, 10.
+        kept_free = math.ceil(self.limit * self.background - 1e-6)
+        positive = _first(matched >= 0, group, self.limit - kept_free)
         taken = _positions(positive, group, right=True) - _positions(positive, group)
         room = self.limit - taken
         if self.negatives is not None:

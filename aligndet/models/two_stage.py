@@ -17,7 +17,7 @@ from aligndet.models.fpn import FPN
 from aligndet.models.priors import AnchorShapes
 from aligndet.models.roi_head import BoxHead, MaskHead, linear, own_class
 from aligndet.models.rpn import RPN, Objectness
-from aligndet.ops.boxes import clip
+from aligndet.ops.boxes import area, clip
 from aligndet.ops.coders import DeltaCoder
 from aligndet.ops.constants import constants
 from aligndet.ops.counts import counts_of
@@ -227,13 +227,18 @@ class TwoStage(Detector):
         return ("score", "embedding", "box") if self.localizes else ("score", "embedding")
 
     def _sampled(self, regions: list[Tensor], targets: Targets) -> tuple[list[Tensor], Tensor]:
-        """Proposals and the boxes themselves, matched and sampled. Source: method section 1.4."""
+        """The boxes themselves and proposals, matched and sampled. Source: method section 1.4.
+
+        The assigner sees the proposals alone: beside the boxes none would ever be the nearest one. A box's own region
+        is on it, which also holds where another object has the same box.
+        """
         counts = counts_of(targets.image, len(regions)).tolist()
-        truth = targets.boxes.split(counts)
-        regions = [torch.cat([boxes, part]) for boxes, part in zip(truth, regions, strict=True)]
+        own = torch.where(area(targets.boxes) > 0, torch.arange(len(targets), device=targets.boxes.device), BACKGROUND)
+        found = self.assigner(regions, targets).split([len(part) for part in regions])
+        matched = torch.cat([rows for pair in zip(own.split(counts), found, strict=True) for rows in pair])
+        regions = [torch.cat(pair) for pair in zip(targets.boxes.split(counts), regions, strict=True)]
         numbers = constants([len(part) for part in regions], targets.boxes, torch.int64)
         image = torch.repeat_interleave(torch.arange(len(regions), device=numbers.device), numbers)
-        matched = self.assigner(regions, targets)
         rows = (self.sample or self.sample_regions)(matched, image)
         kept = counts_of(image[rows], len(regions)).tolist()
         return list(torch.cat(regions)[rows].split(kept)), matched[rows]

@@ -55,7 +55,7 @@ class ModelConfig:
     # Options of the detector, where it has them; null is the default of its class.
     channels: int | None = knob(None, above=0, tasks=BOXES)  # of neck and head (256)
     convolutions: int | None = knob(None, of=DENSE, least=0, tasks=BOXES)  # of each tower of the head (4)
-    levels: int | None = knob(None, of=DENSE, above=0, tasks=BOXES)  # of the pyramid, from stride 8 on (5: P3 .. P7)
+    levels: int | None = knob(None, of=DENSE, least=3, tasks=BOXES)  # of the pyramid, from stride 8 on (5: P3 .. P7)
     centre_radius: float | None = knob(None, of=("fcos",), above=0, tasks=BOXES)  # centre sampling, in strides (off)
     box_head: str | None = knob(None, of=TWO_STAGE, choices=("4conv1fc", "2fc"), tasks=BOXES)  # (4conv1fc)
     head_width: int | None = knob(None, of=TWO_STAGE, above=0, tasks=BOXES)  # of the box head's linear layers (1024)
@@ -348,10 +348,13 @@ def _check_combinations(config: Config) -> None:
         )
     check_augmentation(data, DataConfig(), optim.batch)
     check_project(config.wandb)
-    shares = {"data.flip": data.flip, "optim.warmup_ratio": optim.warmup_ratio, "model.dropout": config.model.dropout}
+    shares = {"data.flip": data.flip, "optim.warmup_ratio": optim.warmup_ratio}
+    shares |= {f"model.{name}": getattr(config.model, name) for name in ("dropout", "score_threshold")}
     for key, share in shares.items():
         if share is not None and share > 1:
             raise ValueError(f"{key}: want a number in 0 .. 1, got {share}")
+    if config.model.frozen_stages > 4:
+        raise ValueError(f"model.frozen_stages: want 0 .. 4, got {config.model.frozen_stages}")
     _check_task_combinations(config)
 
 

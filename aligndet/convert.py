@@ -44,6 +44,10 @@ def run(args: argparse.Namespace) -> int:
     """Convert one file; what has no counterpart is an error that lists it."""
     if args.mmdet_version is not None and args.target != "mmdet":
         raise ValueError(f"--mmdet-version: want it with --to mmdet only, got --to {args.target}")
+    output = Path(args.output)
+    if output.is_dir():
+        raise ValueError(f"{output}: want a file to write, got a folder")
+    output.parent.mkdir(parents=True, exist_ok=True)
     if args.source == OURS:
         unfinished = read_weights(args.input).get("kind") == "pretrained"
         if unfinished:
@@ -67,9 +71,10 @@ def run(args: argparse.Namespace) -> int:
             content = export_detector(detector, _class_names(args.classes, build["num_classes"]), build)
         else:
             content = _content(args, detector)
-    output = Path(args.output)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    torch.save(content, output)
+    try:
+        torch.save(content, output)
+    except RuntimeError as error:  # so torch's writer reports a folder or a disk that cannot be written
+        raise ValueError(f"{output}: cannot be written: {error}") from None
     state = detector.state_dict()
     number = sum(value.numel() for value in state.values())
     print(f"{output}: {number:,} numbers, for {args.target}")

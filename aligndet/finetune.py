@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from aligndet.protocol import Detector
-from aligndet.structures import Batch
+from aligndet.structures import Batch, check_boxes
 
 
 class FineTune(nn.Module):
@@ -23,8 +23,9 @@ class FineTune(nn.Module):
         """The losses of a batch; scalars with a graph, also for images without boxes.
 
         Raises:
-            ValueError: a label outside 0 .. K-1.
+            ValueError: a label outside 0 .. K-1, or a box that is not finite or has a side that is not positive.
         """
+        check_boxes(batch.targets)
         features = self.detector.features(batch.images, batch.sizes)
         candidates = self.detector.candidates(features, batch.sizes, batch.targets)
         # Class losses first: they check the labels, which box layers of each class take for rows.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from aligndet.assigners.sampling import PositivesFirst
 from aligndet.losses.contrastive import POSITIVES, REDUCTIONS, box_contrastive_loss
 from aligndet.protocol import Detector
-from aligndet.structures import Batch, Targets
+from aligndet.structures import Batch, Targets, check_boxes
 
 # Similarities held at once; more are computed in portions, and once more in the backward pass. 256 MiB of float32.
 PAIRS = 2**26
@@ -108,11 +108,14 @@ class AlignDet(nn.Module):
         Equal ``targets.ids`` in the two views mean the same box. A box that one view lacks costs no contrast.
 
         Raises:
-            ValueError: the views are not of the same number of images, or a pseudo-class is not one of the detector's.
+            ValueError: the views are not of the same number of images, a pseudo-class is not one of the detector's, or
+                a box is not finite or has a side that is not positive.
         """
         views = (view1, view2)
         if len(view1) != len(view2):
             raise ValueError(f"view2: want the {len(view1)} images of view1, got {len(view2)}")
+        for view in views:
+            check_boxes(view.targets)
         online, momentum = self._features(views)
         losses = self._one_way(online[0], view1, momentum[-1], view2)
         if not self.symmetric:

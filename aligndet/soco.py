@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from aligndet.ops.batch_norm import RowNorm
 from aligndet.protocol import Detector
-from aligndet.structures import Batch, Targets
+from aligndet.structures import Batch, Targets, check_boxes
 
 
 class SoCo(nn.Module):
@@ -53,7 +53,13 @@ class SoCo(nn.Module):
         return nn.ModuleDict({"online": self.online, "projector": self.projector})
 
     def forward(self, view1: Batch, view2: Batch) -> dict[str, Tensor]:
-        """The loss of both views; 0 with a graph where no box is in both."""
+        """The loss of both views; 0 with a graph where no box is in both.
+
+        Raises:
+            ValueError: a box is not finite or has a side that is not positive.
+        """
+        for view in (view1, view2):
+            check_boxes(view.targets)
         first, second = _common(view1.targets, view2.targets)
         both = ((view1, first), (view2, second))
         predicted = [self.predictor(self._projected(self.online, self.projector, *item)) for item in both]

@@ -146,7 +146,8 @@ class Batch:
         original_sizes: int64 [B, 2], (height, width) px of the files.
         image_ids: the B ids of the annotation file (pre-training: rows of the proposal file).
         targets: the boxes; empty for unlabelled images.
-        skipped: one line for each image that could not be read and was replaced by the next one.
+        skipped: one line for each image that could not be read and was replaced by the next one, or is blank.
+        blank: those of ``image_ids`` that could not be read and have nothing in their place (evaluation).
     """
 
     images: Tensor
@@ -155,6 +156,7 @@ class Batch:
     image_ids: tuple[int, ...]
     targets: Targets
     skipped: tuple[str, ...] = ()
+    blank: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.images)
@@ -212,6 +214,39 @@ def check_labels(targets: Targets, classes: int) -> None:
         raise ValueError(
             f"targets.labels: want 0 .. {classes - 1}, got {int(targets.labels[row])} for box {row} ({box})"
         )
+
+
+def check_boxes(targets: Targets) -> None:
+    """Refuse boxes that are not finite or have a side that is not positive: one spoils the matches of all others.
+
+    Raises:
+        ValueError: there is one. On a GPU, which is not waited for, it is CUDA's device-side assertion.
+    """
+    boxes = targets.boxes
+    # Comparisons with nan are false; the difference of two infinities is nan.
+    wrong = ~((boxes[:, 2:] - boxes[:, :2] > 0) & (boxes[:, 2:] - boxes[:, :2] < torch.inf)).all(dim=1)
+    if wrong.is_cuda:
+        torch._assert_async(~wrong.any(), "targets.boxes: want finite x0 < x1, y0 < y1")
+    elif wrong.any():
+        row = int(wrong.nonzero()[0])
+        box = ", ".join(f"{side:g}" for side in boxes[row].tolist())
+        raise ValueError(
+            f"targets.boxes: want finite x0 < x1, y0 < y1, got box {row} of image {int(targets.image[row])} ({box})"
+        )
+
+
+def scores_of(candidates: Candidates) -> Tensor:
+    """The class scores of candidates.
+
+    Raises:
+        ValueError: their detector has none any more.
+    """
+    if candidates.scores is None:
+        raise ValueError(
+            "predictors.score: the detector has no class scores, which AlignDet without pseudo-classes takes away; "
+            "load what it has learned into a new one (aligndet.weights.load_pretrained)"
+        )
+    return candidates.scores
 
 
 def no_targets(device: torch.device | str = "cpu") -> Targets:

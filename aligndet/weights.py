@@ -245,20 +245,29 @@ def load_detector(path: str | Path) -> tuple[Detector, tuple[str, ...]]:
     ``short_side`` and ``long_side`` of the detector are those at which its run measured it, where the file says so.
 
     Raises:
-        ValueError: the file holds no trained detector, or its tensors do not fit the detector it describes.
+        ValueError: the file holds no trained detector, or tensors or names that do not fit the one it describes.
     """
     content = read_weights(path)
     if content.get("kind") != "detector":
         found = content.get("kind", "a file of another program")
         raise ValueError(f"weights {path}: want a trained detector (model.pt of a fine-tuning run), got {found}")
-    detector = build_detector(**content["build"])
-    report = _fill(detector, content["detector"], str(path))
+    build, state, classes = (content.get(key) for key in ("build", "detector", "classes"))
+    if not isinstance(build, dict) or not isinstance(state, dict) or not isinstance(classes, list | tuple):
+        got = ", ".join(content)
+        raise ValueError(f"weights {path}: want build, detector and classes of a trained detector, got {got}")
+    try:
+        detector = build_detector(**build)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"weights {path}: want arguments of build_detector in build; problem: {error}") from None
+    if len(classes) != (number := build.get("num_classes", 80)):
+        raise ValueError(f"weights {path}: want names of its {number} classes, got {len(classes)}")
+    report = _fill(detector, state, str(path))
     if report.kept or report.mismatched or report.unused:
         raise ValueError(f"weights {path}: do not fit the detector they describe:\n{report}")
     data = content.get("config", {}).get("data", {})
     detector.short_side = int(data.get("eval_short_side", detector.short_side))
     detector.long_side = int(data.get("long_side", detector.long_side))
-    return detector.eval(), tuple(content["classes"])
+    return detector.eval(), tuple(classes)
 
 
 def _tensors(content: dict[str, Any], wrappers: tuple[str, ...], path: str | Path) -> dict[str, Tensor]:

@@ -68,6 +68,9 @@ def test_shipped_files_load_and_survive_a_round_trip(path: Path) -> None:
         (minimal(task="pretrain", data={"images": "a"}), "data.proposals: task pretrain needs it"),
         (minimal(data={"train": "t", "flip": 1.5}), "data.flip: want a number in 0 .. 1, got 1.5"),
         (minimal(optim={"steps": 7, "warmup_ratio": 2}), "optim.warmup_ratio: want a number in 0 .. 1, got 2.0"),
+        (minimal(model={"frozen_stages": 9}), "model.frozen_stages: want 0 .. 4, got 9"),
+        (minimal(model={"levels": 2}), "model.levels"),
+        (minimal(model={"score_threshold": 2}), "model.score_threshold: want a number in 0 .. 1, got 2.0"),
         (minimal(model={"detector": "detr", "dropout": 3}), "model.dropout: want a number in 0 .. 1, got 3.0"),
         (
             minimal(model={"detector": "yolo"}),

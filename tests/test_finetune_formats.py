@@ -65,6 +65,25 @@ def test_faulty_labels_are_counted_or_stop_the_run(tmp_path: Path, capsys: pytes
     assert "object 1 (cat) of c.png" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("wrong", ["missing", "class", "images"])
+def test_labels_to_validate_with_are_looked_at_before_the_first_step(
+    wrong: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = same.write_coco(tmp_path / "coco")
+    other, words = path.with_name("other.json"), "no such file"
+    if wrong != "missing":
+        text = path.read_text()
+        other.write_text(text.replace('"dog"', '"wolf"') if wrong == "class" else text.replace(".png", ".jpg"))
+        words = "dog" if wrong == "class" else "file names have to be relative"
+    with pytest.raises(SystemExit) as stopped:
+        run(path, tmp_path / "run", val=str(other), voc_metrics=None)
+    assert stopped.value.code == 2
+    last = capsys.readouterr().err.splitlines()[-1]
+    assert words in last and "other.json" in last
+    assert not (tmp_path / "run/model.pt").exists()
+    assert '"step"' not in (tmp_path / "run/log.jsonl").read_text()
+
+
 def test_a_run_without_validation_says_so_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = same.write_coco(tmp_path / "coco")
     for val, times in ((None, 1), (str(path), 0)):

@@ -356,6 +356,11 @@ def test_convert_writes_what_predict_reads_and_back(tmp_path: Path, capsys: pyte
     assert main(["convert", "--from", "aligndet", "--to", "detectron2", *paths[1:]]) == 0
     assert same(torch.load(paths[2])["model"], state)
     assert "for detectron2" in capsys.readouterr().out
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(SystemExit) as stopped:
+        main(["convert", "--from", "aligndet", "--to", "detectron2", paths[1], str(tmp_path / "folder")])
+    assert stopped.value.code == 2
+    assert "folder: want a file to write, got a folder" in capsys.readouterr().err
     for arguments, message in (
         (["--from", "detectron2", "--to", "aligndet"], "--name: want"),
         (["--from", "aligndet", "--to", "detr"], "expected"),

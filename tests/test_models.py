@@ -119,11 +119,22 @@ def test_unknown_names_are_named_with_the_nearest() -> None:
         ("mask_rcnn", {"rpn_depth": -1}, "rpn_depth: want at least 0"),
         ("detr", {"heads": 0}, "heads, feedforward: want at least 1, got 0, 2048"),
         ("detr", {"feedforward": 0}, "heads, feedforward: want at least 1, got 8, 0"),
+        ("detr", {"dropout": 1.5}, "dropout: want a number in 0 .. 1, got 1.5"),
+        ("fcos", {"score_threshold": 2.0}, "score_threshold: want a number in 0 .. 1, got 2.0"),
+        ("fcos", {"pixel_mean": (1.0, 2.0)}, "pixel_mean: want three numbers"),
+        ("fcos", {"pixel_std": (1.0, 0.0, 1.0)}, "pixel_std: want three numbers above 0"),
+        ("fcos", {"norm_eps": -1.0}, "norm_eps: want a number above 0, got -1.0"),
     ],
 )
 def test_impossible_options_are_named(name: str, options: dict[str, object], words: str) -> None:
     with pytest.raises(ValueError, match=words):
         build_detector(name, "resnet18", 3, width=0.25, **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("number", [0, -1, 2.5, "3"])
+def test_classes_are_a_whole_number(number: object) -> None:
+    with pytest.raises(ValueError, match=f"num_classes: want a whole number of at least 1, got {number}"):
+        build_detector("fcos", "resnet18", number)  # type: ignore[arg-type]
 
 
 def test_groups_of_one_channel_on_a_map_of_one_cell() -> None:

@@ -162,6 +162,26 @@ def test_files_that_are_no_weights_are_named(tmp_path: Path, monkeypatch: pytest
         load_detector("p.pt")
 
 
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"detector": None}, "want build, detector and classes of a trained detector, got kind, format"),
+        (
+            {"build": {"name": "fcos", "lvels": 3}},
+            "want arguments of build_detector in build; problem: lvels: no option",
+        ),
+        ({"build": {"backbone": "resnet18"}}, "want arguments of build_detector in build; problem: .*'name'"),
+        ({"classes": ["a"]}, "want names of its 3 classes, got 1"),
+    ],
+)
+def test_a_file_that_lacks_a_part_is_named(changed: dict[str, object], words: str, tmp_path: Path) -> None:
+    build = {"name": "fcos", "backbone": "resnet18", "num_classes": 3, "width": 0.25}
+    build |= {"channels": 32, "convolutions": 1, "levels": 3}
+    torch.save(export_detector(small_detector(), ("a", "b", "c"), build) | changed, tmp_path / "m.pt")
+    with pytest.raises(ValueError, match=rf"weights .*m\.pt: {words}"):
+        load_detector(tmp_path / "m.pt")
+
+
 def test_trained_detector_round_trip(tmp_path: Path) -> None:
     build = {"name": "fcos", "backbone": "resnet18", "num_classes": 3, "width": 0.25}
     build |= {"channels": 32, "convolutions": 1, "levels": 3}

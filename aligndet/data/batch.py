@@ -25,6 +25,7 @@ class Sample:
         skipped: a line for each image that could not be read before this one.
         masks: bool [m, H, W], or None.
         crowds: float32 [r, 4] xyxy px of ``image``, regions of many objects; None: nothing is known of them.
+        blank: whether the image itself could not be read and is black.
     """
 
     image: Tensor
@@ -36,6 +37,7 @@ class Sample:
     skipped: tuple[str, ...] = ()
     masks: Tensor | None = None
     crowds: Tensor | None = None
+    blank: bool = False
 
 
 def collate(samples: Sequence[Sample], *, multiple: int = 32, size: tuple[int, int] | None = None) -> Batch:
@@ -75,6 +77,7 @@ def collate(samples: Sequence[Sample], *, multiple: int = 32, size: tuple[int, i
         image_ids=tuple(sample.image_id for sample in samples),
         targets=targets,
         skipped=tuple(line for sample in samples for line in sample.skipped),
+        blank=tuple(sample.image_id for sample in samples if sample.blank),
     )
 
 

@@ -171,7 +171,8 @@ class EvaluationImages(Dataset[Sample]):
         original = (pixels.shape[1], pixels.shape[2])
         boxes, labels, _ = _targets(self.annotations, index, original)
         image_id = int(self.annotations.image_ids[index])
-        return Sample(image, boxes * factors, labels, torch.arange(len(boxes)), original, image_id, skipped)
+        ids, blank = torch.arange(len(boxes)), bool(skipped)
+        return Sample(image, boxes * factors, labels, ids, original, image_id, skipped, blank=blank)
 
 
 def wrong_size(annotations: Annotations, row: int, size: tuple[int, int]) -> str:

@@ -12,13 +12,14 @@ FARTHEST = 1_000_000  # px: pycocotools keeps five times that in 32 bits
 _CONTINUES, _SIGN = 0x20, 0x10  # bits of a character of compressed run lengths
 
 
-def run_lengths(segmentation: Any, size: tuple[int, int]) -> tuple[bytes, str]:
+def run_lengths(segmentation: Any, size: tuple[int, int], *, empty: bool = False) -> tuple[bytes, str]:
     """A mask as compressed run lengths, or why it is none.
 
     Args:
         segmentation: list of polygons (x, y, x, y ... px), or {"size", "counts"} with run lengths in plain or in
             compressed form.
         size: (height, width) px of the image.
+        empty: whether a mask without a pixel is one.
 
     Returns:
         The bytes and "", or b"" and the reason.
@@ -47,7 +48,7 @@ def run_lengths(segmentation: Any, size: tuple[int, int]) -> tuple[bytes, str]:
             encoded = {"size": list(size), "counts": segmentation["counts"].encode("ascii")}
             if not _covers(_decoded(encoded["counts"]), size):
                 return b"", "with run lengths that do not make up the image"
-        if rle.area(encoded) == 0:
+        if not empty and rle.area(encoded) == 0:
             return b"", "with an empty mask"
         counts: bytes = encoded["counts"]
     except (TypeError, ValueError, KeyError, AttributeError, OverflowError):

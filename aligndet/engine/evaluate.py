@@ -8,7 +8,6 @@ import math
 import os
 import sys
 import time
-import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -24,6 +23,7 @@ from aligndet.data.coco import plain_id
 from aligndet.engine.cocoeval import averaged
 from aligndet.engine.distributed import World, gather_objects
 from aligndet.engine.precision import autocast
+from aligndet.engine.results import WANTED, detections_of, result_of
 from aligndet.engine.truth import (
     Truth,
     by_image,
@@ -117,7 +117,8 @@ def evaluate_detector(detector: Detector, loader: Batches, world: World, amp: st
             for line in batch.skipped:
                 print(f"warning: evaluation without an image: {line}", file=sys.stderr, flush=True)
             on_device = batch.to(world.device, non_blocking=True)
-            found |= zip(batch.image_ids, _detect(detector, on_device), strict=True)
+            pairs = zip(batch.image_ids, _detect(detector, on_device), strict=True)
+            found |= {image_id: item for image_id, item in pairs if image_id not in batch.blank}
             now = time.monotonic()
             if world.rank == 0 and now - reported >= REPORT_EVERY:
                 reported = now
@@ -165,11 +166,13 @@ def load_predictions(
 ) -> dict[int, Detections]:
     """What ``save_predictions`` wrote, or another program in COCO's results format, with an entry for every image.
 
-    Detections of categories that are not among ``classes`` are left out.
+    Detections of categories that are not among ``classes`` are left out. Boxes of rows that have a mask alone are those
+    of the mask; masks may be polygons or run lengths in either form.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no list of COCO results, or an image or category is not in the annotation file.
+        ValueError: it is no list of COCO results, an image or category is not in the annotation file, or a row has no
+            finite score, neither box nor mask, or a mask that is none of its image.
     """
     truth = read_truth(annotation_file, classes)
     rows: dict[int, list[dict[str, Any]]] = {image_id: [] for image_id in truth.sizes}
@@ -179,19 +182,19 @@ def load_predictions(
     if not isinstance(records, list):
         raise ValueError(f"predictions {path}: want a list of results, got {type(records).__name__}")
     for number, record in enumerate(records):
-        try:
-            image_id, category_id, _, _ = record["image_id"], record["category_id"], record["score"], record["bbox"][3]
-        except (KeyError, TypeError, IndexError):
-            want = "image_id, category_id, score and a bbox of 4 numbers"
-            raise ValueError(f"predictions {path}, row {number}: want {want}, got {str(record)[:100]}") from None
-        category_id = plain_id(category_id)
+        where = f"predictions {path}, row {number}"
+        if not isinstance(record, dict) or not {"image_id", "category_id"} <= record.keys():
+            raise ValueError(f"{where}: want {WANTED}, got {str(record)[:100]}")
+        image_id, category_id = record["image_id"], plain_id(record["category_id"])
         known = all(isinstance(value, int | float | str) for value in (image_id, category_id))
         if not known or image_id not in number_of or category_id not in truth.all_categories:
             ids = f"image {image_id}, category {category_id}"
-            raise ValueError(f"predictions {path}, row {number}: {ids} is not in {truth.path}")
+            raise ValueError(f"{where}: {ids} is not in {truth.path}")
+        place = number_of[image_id]
+        result = result_of(record, truth.sizes[place], where)
         if category_id in label_of:
-            rows[number_of[image_id]].append(record | {"category_id": category_id})
-    return {image_id: _detections(part, label_of) for image_id, part in rows.items()}
+            rows[place].append(result | {"label": label_of[category_id]})
+    return {image_id: detections_of(part) for image_id, part in rows.items()}
 
 
 @contextlib.contextmanager
@@ -257,8 +260,10 @@ def _encoded(item: Detections, image_id: int, truth: Truth) -> tuple[dict[str, A
         if item.masks is None:
             raise ValueError(f"detections of image {image_id}: iou_type segm wants masks, got boxes only")
         encoded = _run_lengths(item.masks)
-    if tuple(encoded[0]["size"]) != truth.sizes[image_id]:
-        got = f"{list(encoded[0]['size'])}, in the file {list(truth.sizes[image_id])}"
+    known = truth.sizes[image_id]
+    other = [list(mask["size"]) for mask in encoded if tuple(mask["size"]) != known]
+    if other and min(known) > 0:
+        got = f"{other[0]}, in the file {list(known)}"
         raise ValueError(
             f"detections of image {image_id}: want masks of the size (height, width) px of the image, got {got}"
         )
@@ -272,22 +277,3 @@ def _of_class(precision: np.ndarray) -> dict[str, float]:
 
 def _known(value: float) -> float:
     return math.nan if value < 0 else float(value)
-
-
-def _detections(records: list[dict[str, Any]], label_of: Mapping[int, int]) -> Detections:
-    records = sorted(records, key=lambda record: -record["score"])
-    boxes = torch.tensor([record["bbox"] for record in records], dtype=torch.float64).reshape(-1, 4)
-    boxes = torch.cat([boxes[:, :2], boxes[:, :2] + boxes[:, 2:]], dim=1).float()
-    scores = torch.tensor([record["score"] for record in records], dtype=torch.float32)
-    labels = torch.tensor([label_of[record["category_id"]] for record in records], dtype=torch.int64)
-    return Detections(boxes, scores, labels, _decoded(records))
-
-
-def _decoded(records: list[dict[str, Any]]) -> Tensor | None:
-    if not records or any("segmentation" not in record for record in records):
-        return None
-    with warnings.catch_warnings():
-        # pycocotools still speaks to numpy as if it were version 1.
-        warnings.simplefilter("ignore", DeprecationWarning)
-        masks = np.stack([rle.decode(record["segmentation"]) for record in records])
-    return torch.from_numpy(masks).bool()

@@ -9,10 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 from pycocotools import mask as rle
 
-from aligndet.data.annotations import Annotations, LabelledObject, describe, report_lines, unfit
+from aligndet.data.annotations import Annotations, LabelledObject, check_once, describe, report_lines, unfit
 from aligndet.data.coco import image_numbers, plain_id, read_objects
 from aligndet.data.segmentation import run_lengths
 from aligndet.structures import Detections
@@ -57,7 +58,7 @@ def read_truth(source: str | Path | Annotations, classes: Sequence[str]) -> Trut
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is no COCO file or lacks a class.
+        ValueError: it is no COCO file, an id occurs twice, or it lacks a class.
     """
     if isinstance(source, Annotations):
         path, content = Path(source.path), source.to_coco()
@@ -65,6 +66,7 @@ def read_truth(source: str | Path | Annotations, classes: Sequence[str]) -> Trut
         path, content = Path(source), read_json(source, "annotations")
     try:
         images = [(image["id"], _size(image)) for image in content["images"]]
+        check_once([plain_id(category["id"]) for category in content["categories"]], "category id", path)
         names = {plain_id(category["id"]): str(category["name"]) for category in content["categories"]}
         own_categories = {plain_id(category["id"]): category["id"] for category in content["categories"]}
         annotations = list(content["annotations"])
@@ -73,6 +75,7 @@ def read_truth(source: str | Path | Annotations, classes: Sequence[str]) -> Trut
         want = "images, annotations and categories with their ids, as in COCO"
         raise ValueError(f"annotations {path}: want {want}; problem: {type(error).__name__} {error}") from None
     numbers, texts = image_numbers([image_id for image_id, _ in images], path)
+    check_once(texts or numbers, "image id", path)
     sizes = {number: size for number, (_, size) in zip(numbers, images, strict=True)}
     own_images = {number: image_id for number, (image_id, _) in zip(numbers, images, strict=True)}
     if classes:
@@ -196,7 +199,7 @@ def image_ids(truth: Truth) -> dict[Any, int]:
 
 
 def check_detections(item: Detections, image_id: int, classes: int) -> None:
-    """Raises ValueError for what is no Detections, numbers that are not finite, and labels beyond the classes."""
+    """Raises ValueError for what is no Detections: other shapes or kinds of numbers, and labels beyond the classes."""
     where = f"detections of image {image_id}"
     if not isinstance(item, Detections):
         raise ValueError(f"{where}: want Detections, got {type(item).__name__}")
@@ -206,6 +209,11 @@ def check_detections(item: Detections, image_id: int, classes: int) -> None:
         raise ValueError(f"{where}: want boxes [n, 4], scores [n] and labels [n], got {', '.join(map(str, shapes))}")
     if item.labels.is_floating_point():
         raise ValueError(f"{where}: want whole numbers as labels, got {item.labels.dtype}")
+    if item.masks is not None and (item.masks.ndim != 3 or len(item.masks) != number or item.masks.dtype != torch.bool):
+        got = f"{str(item.masks.dtype).removeprefix('torch.')} {list(item.masks.shape)}"
+        raise ValueError(f"{where}: want masks as bool [{number}, height, width], got {got}")
+    if item.encoded is not None and len(item.encoded) != number:
+        raise ValueError(f"{where}: want run lengths of {number} masks, got {len(item.encoded)}")
     if len(item) == 0:
         return
     if not bool(item.boxes.isfinite().all() and item.scores.isfinite().all()):
@@ -227,5 +235,5 @@ def read_json(path: str | Path, kind: str) -> Any:
         raise FileNotFoundError(f"{kind} {path}: no such file")
     try:
         return json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{kind} {path}: not readable as JSON: {error}") from None

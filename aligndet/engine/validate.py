@@ -19,6 +19,7 @@ from aligndet.data.formats import coco_file, detect_format, images_of, load_anno
 from aligndet.data.labelled import EvaluationImages
 from aligndet.engine.distributed import World
 from aligndet.engine.evaluate import coco_metrics, evaluate_detector
+from aligndet.engine.truth import read_truth
 from aligndet.engine.voc import voc_metrics
 from aligndet.models import folded
 from aligndet.protocol import Detector
@@ -41,18 +42,32 @@ def validation_truth(config: Config, classes: Sequence[str], masks: bool = False
     )
 
 
+def check_validation(config: Config, classes: Sequence[str], masks: bool) -> None:
+    """Read what ``data.val`` names, so that what is wrong with it is said before the first step, not after the last.
+
+    Raises:
+        ValueError, FileNotFoundError: labels or images are not there, or the labels do not serve.
+    """
+    read_truth(validation_truth(config, classes, masks), classes)
+    _images(config, classes)
+
+
 def detections_on(config: Config, detector: Detector, classes: Sequence[str], world: World) -> dict[int, Detections]:
     """The detections on ``data.val`` by image id; the same on every rank; detector and random numbers stay."""
-    data, truth = config.data, validation_truth(config, classes)
-    annotations = truth if isinstance(truth, Annotations) else load_coco(truth, classes=classes, on_error=data.on_error)
-    root = images_of(annotations, data.val_images)
-    sides = {"short_side": data.eval_short_side, "long_side": data.long_side}
-    dataset = EvaluationImages(annotations, root, **sides, on_error=data.on_error)
+    data, dataset = config.data, _images(config, classes)
     share = Subset(dataset, range(world.rank, len(dataset), world.size))
     # A generator of its own: otherwise each loader draws from the global one, and training would go on differently.
     join, own = partial(collate, multiple=detector.size_divisor), torch.Generator()
     loader = DataLoader(share, batch_size=1, collate_fn=join, num_workers=data.workers, generator=own)
     return evaluate_detector(folded(detector).to(world.device), loader, world, amp=config.optim.amp)
+
+
+def _images(config: Config, classes: Sequence[str]) -> EvaluationImages:
+    data, truth = config.data, validation_truth(config, classes)
+    annotations = truth if isinstance(truth, Annotations) else load_coco(truth, classes=classes, on_error=data.on_error)
+    root = images_of(annotations, data.val_images)
+    sides = {"short_side": data.eval_short_side, "long_side": data.long_side}
+    return EvaluationImages(annotations, root, **sides, on_error=data.on_error)
 
 
 def metrics_of(

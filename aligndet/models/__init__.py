@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import inspect
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -58,8 +59,18 @@ def build_detector(
         ValueError: an unknown name or option (with the nearest one) or an impossible number.
     """
     kind = detector_class(name)
-    if num_classes < 1:
-        raise ValueError(f"num_classes: want at least 1, got {num_classes}")
+    if not isinstance(num_classes, int) or num_classes < 1:
+        raise ValueError(f"num_classes: want a whole number of at least 1, got {num_classes}")
+    for what, triple in (("pixel_mean", pixel_mean), ("pixel_std", pixel_std)):
+        if triple is not None and (len(triple) != 3 or not all(map(math.isfinite, triple))):
+            raise ValueError(f"{what}: want three numbers, of red, green and blue, got {triple}")
+    if pixel_std is not None and min(pixel_std) <= 0:
+        raise ValueError(f"pixel_std: want three numbers above 0, got {pixel_std}")
+    if norm_eps is not None and not norm_eps > 0:
+        raise ValueError(f"norm_eps: want a number above 0, got {norm_eps}")
+    for what in ("score_threshold", "dropout"):
+        if not 0 <= options.get(what, 0.0) <= 1:
+            raise ValueError(f"{what}: want a number in 0 .. 1, got {options[what]}")
     known = options_of(name)
     for option in options:
         if option not in known:

@@ -17,7 +17,7 @@ from aligndet.ops.constants import constants
 from aligndet.ops.precise import in_float32
 from aligndet.ops.reduce import mean_over_ranks
 from aligndet.protocol import Detector, pooled_mean
-from aligndet.structures import BACKGROUND, Candidates, Detections, Targets, check_labels, class_of
+from aligndet.structures import BACKGROUND, Candidates, Detections, Targets, check_labels, class_of, scores_of
 
 BACKGROUND_WEIGHT = 0.1  # of a query without a box in the classification loss
 DISTANCE_WEIGHT, OVERLAP_WEIGHT = 5.0, 2.0  # of the two box losses
@@ -175,13 +175,14 @@ class DETR(Detector):
 
     def classification_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
         """Softmax cross-entropy, weighted mean over queries, summed over layers; "no object" is the last class."""
-        assert candidates.scores is not None and candidates.matched is not None
-        classes = candidates.scores.shape[1] - 1
+        assert candidates.matched is not None
+        scores = scores_of(candidates)
+        classes = scores.shape[1] - 1
         labels = class_of(targets, candidates.matched, classes)
         labels = torch.where(labels == BACKGROUND, classes, labels)
         own, share = self.background_weights
         weight, shares = (torch.where(candidates.matched == BACKGROUND, value, 1.0) for value in (own, share))
-        cost = F.cross_entropy(candidates.scores.float(), labels, reduction="none")
+        cost = F.cross_entropy(scores.float(), labels, reduction="none")
         # Each layer matches as many queries as the next, so one layer's weights are an L-th of all.
         least = torch.finfo(torch.float32).tiny if share else 1.0  # without boxes there may be nothing to divide by
         total = mean_over_ranks(shares.sum() / self.decoder_layers).clamp(min=least)
@@ -190,9 +191,9 @@ class DETR(Detector):
     @torch.no_grad()
     def detect(self, candidates: Candidates, sizes: Tensor) -> list[Detections]:
         """The best class of each query above the threshold, best 100; nothing is suppressed."""
-        assert isinstance(candidates, DETRCandidates) and candidates.scores is not None
+        assert isinstance(candidates, DETRCandidates)
         images = len(sizes)
-        score, label = candidates.scores.float().softmax(dim=1)[:, :-1].max(dim=1)
+        score, label = scores_of(candidates).float().softmax(dim=1)[:, :-1].max(dim=1)
         boxes = centre_to_corners(candidates.boxes) * sizes.flip(1).repeat(1, 2)[candidates.image]
         parts = zip(boxes.view(images, -1, 4), score.view(images, -1), label.view(images, -1), sizes, strict=True)
         return [self._detect(*part) for part in parts]

@@ -24,7 +24,7 @@ from aligndet.ops.counts import counts_of
 from aligndet.ops.precise import in_float32
 from aligndet.ops.reduce import mean_over_ranks
 from aligndet.protocol import Detector, pooled_mean
-from aligndet.structures import Candidates, Detections, Targets, class_of
+from aligndet.structures import Candidates, Detections, Targets, class_of, scores_of
 
 STEM, FINEST = 4, 8  # px, strides of the backbone's finest output and of P3
 LONGEST = 16.0  # distances end at its exp, nine million px: at infinity the gradient of the IoU is nan
@@ -187,10 +187,11 @@ class FCOS(Detector):
 
     def classification_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
         """Focal loss over the number of positives."""
-        assert candidates.scores is not None and candidates.matched is not None
+        assert candidates.matched is not None
+        scores = scores_of(candidates)
         count = mean_over_ranks((candidates.matched >= 0).sum().float()).clamp(min=1)
-        labels = class_of(targets, candidates.matched, candidates.scores.shape[1])
-        return {"classification": sigmoid_focal_loss(candidates.scores, labels) / count}
+        labels = class_of(targets, candidates.matched, scores.shape[1])
+        return {"classification": sigmoid_focal_loss(scores, labels) / count}
 
     @torch.no_grad()
     def detect(self, candidates: Candidates, sizes: Tensor) -> list[Detections]:
@@ -198,10 +199,10 @@ class FCOS(Detector):
 
         Elsewhere (``conventions``) ranking and threshold see the score with centerness already.
         """
-        assert isinstance(candidates, FCOSCandidates) and candidates.scores is not None
+        assert isinstance(candidates, FCOSCandidates)
         assert candidates.boxes is not None and candidates.centerness is not None
-        images = len(sizes)
-        scores = candidates.scores.float().sigmoid().view(images, -1, candidates.scores.shape[1])  # [B, P, K]
+        images, scores = len(sizes), scores_of(candidates)
+        scores = scores.float().sigmoid().view(images, -1, scores.shape[1])  # [B, P, K]
         centerness = candidates.centerness.float().sigmoid().view(images, -1)
         boxes = candidates.boxes.view(images, -1, 4)
         level = candidates.level.view(images, -1)[0]

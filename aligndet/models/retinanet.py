@@ -22,7 +22,7 @@ from aligndet.ops.boxes import clip
 from aligndet.ops.coders import DeltaCoder
 from aligndet.ops.reduce import mean_over_ranks
 from aligndet.protocol import Detector, pooled_mean
-from aligndet.structures import Candidates, Detections, Targets, class_of
+from aligndet.structures import Candidates, Detections, Targets, class_of, scores_of
 
 STEM, FINEST = 4, 8  # px, strides of the backbone's finest output and of P3
 
@@ -147,17 +147,17 @@ class RetinaNet(Detector):
 
     def classification_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
         """Focal loss over the number of positives; each image counts as at least one."""
-        assert candidates.scores is not None and candidates.matched is not None
-        labels = class_of(targets, candidates.matched, candidates.scores.shape[1])
-        return {"classification": sigmoid_focal_loss(candidates.scores, labels) / _positives(candidates)}
+        assert candidates.matched is not None
+        scores = scores_of(candidates)
+        labels = class_of(targets, candidates.matched, scores.shape[1])
+        return {"classification": sigmoid_focal_loss(scores, labels) / _positives(candidates)}
 
     @torch.no_grad()
     def detect(self, candidates: Candidates, sizes: Tensor) -> list[Detections]:
         """Score above the threshold, best 1000 per level, class-wise NMS at 0.5, best 100 (torchvision: 300)."""
-        assert isinstance(candidates, RetinaNetCandidates)
-        assert candidates.scores is not None and candidates.deltas is not None
-        images = len(sizes)
-        scores = candidates.scores.float().sigmoid().view(images, -1, candidates.scores.shape[1])  # [B, P, K]
+        assert isinstance(candidates, RetinaNetCandidates) and candidates.deltas is not None
+        images, scores = len(sizes), scores_of(candidates)
+        scores = scores.float().sigmoid().view(images, -1, scores.shape[1])  # [B, P, K]
         deltas, anchors = candidates.deltas.view(images, -1, 4), candidates.anchors.view(images, -1, 4)
         found = []
         for i in range(images):

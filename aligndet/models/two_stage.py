@@ -24,7 +24,7 @@ from aligndet.ops.counts import counts_of
 from aligndet.ops.reduce import mean_over_ranks
 from aligndet.ops.roi_align import level_of, multilevel_roi_align
 from aligndet.protocol import Detector, Sampler
-from aligndet.structures import BACKGROUND, Candidates, Detections, Targets, class_of
+from aligndet.structures import BACKGROUND, Candidates, Detections, Targets, class_of, scores_of
 
 STRIDES = (4, 8, 16, 32, 64)  # px, of P2 .. P6
 POOLED = 7  # cells per side of the box head's input
@@ -185,20 +185,19 @@ class TwoStage(Detector):
 
     def classification_loss(self, candidates: Candidates, targets: Targets) -> dict[str, Tensor]:
         """Softmax cross-entropy, mean over the sampled regions; background is the last class."""
-        assert isinstance(candidates, RegionCandidates)
-        assert candidates.scores is not None and candidates.matched is not None
-        classes = candidates.scores.shape[1] - 1
+        assert isinstance(candidates, RegionCandidates) and candidates.matched is not None
+        scores = scores_of(candidates)
+        classes = scores.shape[1] - 1
         labels = class_of(targets, candidates.matched, classes)
         labels = torch.where(labels == BACKGROUND, classes, labels)
-        cost = F.cross_entropy(candidates.scores.float(), labels, reduction="sum")
+        cost = F.cross_entropy(scores.float(), labels, reduction="sum")
         return {"classification": cost / _number(candidates)}
 
     @torch.no_grad()
     def detect(self, candidates: Candidates, sizes: Tensor) -> list[Detections]:
         """Class probability above the threshold, class-wise NMS at 0.5, best 100."""
-        assert isinstance(candidates, RegionCandidates)
-        assert candidates.scores is not None and candidates.deltas is not None
-        scores = candidates.scores.float().softmax(dim=1)[:, :-1].split(candidates.counts)
+        assert isinstance(candidates, RegionCandidates) and candidates.deltas is not None
+        scores = scores_of(candidates).float().softmax(dim=1)[:, :-1].split(candidates.counts)
         deltas, regions = candidates.deltas.split(candidates.counts), candidates.boxes.split(candidates.counts)
         return [self._detect(*parts) for parts in zip(scores, deltas, regions, sizes, strict=True)]
 

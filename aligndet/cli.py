@@ -12,7 +12,7 @@ import cv2
 import torch
 
 from aligndet import convert, demo
-from aligndet.config import Config, load_config
+from aligndet.config import Config, ModelConfig, load_config
 from aligndet.data import check, convert_proposals, propose, shards, split
 from aligndet.engine import cluster, curves, distributed, predictions, replay
 from aligndet.engine.cocoeval import evaluator_note
@@ -21,6 +21,8 @@ from aligndet.engine.finish import evaluate, finish, summary
 from aligndet.engine.loop import fit
 from aligndet.engine.precision import slow_precision
 from aligndet.engine.prepare import prepare, repeatable
+from aligndet.models import detector_class
+from aligndet.protocol import Detector
 from aligndet.version import __version__
 from aligndet.weights import load_detector
 
@@ -99,6 +101,8 @@ def evaluate_weights(argv: Sequence[str] | None = None) -> int:
         if config.data.classes and list(config.data.classes) != list(classes):
             got = ", ".join(config.data.classes)
             raise ValueError(f"data.classes: {args.weights} detects {', '.join(classes)}, got {got}; see --per-class")
+        if world.rank == 0 and (other := _other_detector(config, detector, args.weights)):
+            print(f"warning: {other}", file=sys.stderr)
         unread = [text.partition("=")[0] for text in args.overrides if not text.startswith(EVALUATED)]
         if unread and world.rank == 0:
             print(f"warning: not read by eval, the weights say it: {', '.join(unread)}", file=sys.stderr)
@@ -112,6 +116,14 @@ def evaluate_weights(argv: Sequence[str] | None = None) -> int:
             print(f"{folder}: metrics.json, predictions.json")
         distributed.stop(world)
     return 0
+
+
+def _other_detector(config: Config, detector: Detector, weights: str) -> str:
+    """That the experiment file describes another detector than the weights are of; "" where it does not, or none."""
+    said = config.model.detector
+    if config.model == ModelConfig() or type(detector) is detector_class(said):
+        return ""
+    return f"{weights} holds a {type(detector).__name__}, which is evaluated; model.detector {said} is not read"
 
 
 def _tool(name: str, argv: Sequence[str]) -> int:

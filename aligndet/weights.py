@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -70,7 +71,8 @@ def why_refused(error: Exception) -> str:
     """What ``torch.load`` says of a file in a line, without its advice to read the file by executing it."""
     text = " ".join(str(error).split())
     text = re.sub(r"In PyTorch 2\.6, .*? trusted source\. (Please file an issue .*? use case: )?", "", text)
-    return re.sub(r" Check the documentation of torch\.load .*", "", text)[:200]
+    text = re.sub(r" Check the documentation of torch\.load .*", "", text)
+    return textwrap.shorten(text, 200, placeholder=" …")
 
 
 def read_weights(path: str | Path) -> dict[str, Any]:
@@ -155,12 +157,20 @@ def load_pretrained(
             of DETR all three linear layers of its boxes, of which the reference drops the last.
 
     Raises:
-        ValueError: unknown module names, or nothing in the file fits the detector.
+        ValueError: unknown module names, a file of another kind, or nothing in the file fits the detector.
     """
     unknown = [name for name in modules if name not in MODULES]
     if unknown or not modules:
         raise ValueError(f"modules: want some of {', '.join(MODULES)}, got {', '.join(unknown) or 'none'}")
-    state = _tensors(read_weights(path), ("detector", "state_dict", "model"), path)
+    content = read_weights(path)
+    if content.get("kind") not in (None, "pretrained", "detector"):
+        raise ValueError(f"weights {path}: want pretrained.pt or model.pt of a run, got its {content['kind']}")
+    state = _tensors(content, ("detector", "state_dict", "model"), path)
+    if not state.keys() & detector.state_dict().keys():
+        raise ValueError(
+            f"weights {path}: holds no tensor of a detector of ours (the first: {next(iter(state))}); weights of a "
+            "backbone alone are for model.backbone_weights, those of other libraries for `aligndet convert`"
+        )
     wanted = {name: value for name, value in state.items() if _module_of(name) in modules}
     if not keep_predictors:
         wanted = {name: value for name, value in wanted.items() if not name.startswith("predictors.")}

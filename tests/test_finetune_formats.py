@@ -95,6 +95,19 @@ def test_a_run_without_validation_says_so_once(tmp_path: Path, capsys: pytest.Ca
         assert (folder / "metrics.json").exists() == (times == 0)
 
 
+def test_an_experiment_file_of_another_detector_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = run(same.write_coco(tmp_path / "coco"), tmp_path / "run", voc_metrics=None)
+    weights = ["--weights", str(tmp_path / "run/model.pt")]
+    for said, told in (("retinanet", 1), ("fcos", 0)):
+        tree = yaml.safe_load(config.read_text())
+        tree["model"]["detector"] = said
+        (tmp_path / "other.yaml").write_text(yaml.safe_dump(tree))
+        capsys.readouterr()
+        assert cli.evaluate_weights(["--cfg", str(tmp_path / "other.yaml"), *weights]) == 0
+        line = "model.pt holds a FCOS, which is evaluated; model.detector retinanet is not read"
+        assert capsys.readouterr().err.count(line) == told
+
+
 @pytest.mark.parametrize("dashes", [["--run=r/x"], ["--batch", "4"], ["optim.batch=4", "--run", "r/x"]])
 @pytest.mark.parametrize("command", [cli.train, cli.evaluate_weights])
 def test_keys_with_dashes_are_told_how_they_are_written(

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from aligndet import cli
-from aligndet.engine import guard, runfolder
+from aligndet.engine import finish, guard, runfolder
 from aligndet.engine.log import read_log
 from aligndet.pretrain import AlignDet
 from tests.engine.test_checkpoint import Malicious, same
@@ -261,6 +261,42 @@ def test_checkpoints_that_do_not_belong_are_refused_in_one_line(
     assert "damaged or refused" in failure(capsys, lambda: train(fine, f"weights={path}"))
     assert not (tmp_path / "made").exists()
     assert runfolder.names(run) == [path.name], "nothing was thrown away"
+
+
+def test_a_result_without_its_checkpoints_is_not_overwritten(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, run = pretrain_config(scenes, tmp_path / "run", steps=1), tmp_path / "run"
+    train(config)
+    before = (run / "pretrained.pt").read_bytes()
+    for path in (*run.glob("checkpoint-*.pt"), run / runfolder.POINTER):
+        path.unlink()
+    for steps in (1, 2):
+        line = failure(capsys, lambda steps=steps: train(config, f"optim.steps={steps}"))
+        assert "holds pretrained.pt and no checkpoint to continue from" in line
+    assert (run / "pretrained.pt").read_bytes() == before
+    (run / "pretrained.pt").rename(tmp_path / "kept.pt")
+    train(config)
+    assert (run / "pretrained.pt").exists()
+
+
+def test_results_are_not_computed_for_a_folder_that_cannot_be_written(
+    scenes: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = finetune_config(scenes, tmp_path / "run")
+    train(config, "optim.steps=1")
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(finish, "detections_on", lambda *_: pytest.fail("detected first"))
+    arguments = [
+        "--cfg",
+        str(config),
+        "--weights",
+        str(tmp_path / "run/model.pt"),
+        "--out",
+        str(tmp_path / "file/eval"),
+    ]
+    line = failure(capsys, lambda: cli.evaluate_weights(arguments))
+    assert "file/eval: cannot write there" in line
 
 
 def test_a_folder_that_cannot_be_written_is_named(

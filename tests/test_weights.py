@@ -81,6 +81,24 @@ def test_weights_of_another_detector_are_refused(tmp_path: Path) -> None:
         load_pretrained(other, tmp_path / "p.pt")
 
 
+def test_files_of_another_kind_say_where_they_belong(tmp_path: Path) -> None:
+    detector = small_detector()
+    for content, words in (
+        (
+            {"kind": "checkpoint", "model": detector.state_dict()},
+            "want pretrained.pt or model.pt of a run, got its check",
+        ),
+        ({"kind": "backbone", "backbone": {}}, "want pretrained.pt or model.pt of a run, got its backbone"),
+        ({"features.0.0.weight": torch.zeros(1)}, r"\(the first: features.0.0.weight\).* for model.backbone_weights"),
+    ):
+        torch.save(content, tmp_path / "w.pt")
+        with pytest.raises(ValueError, match=rf"w\.pt: .*{words}"):
+            load_pretrained(detector, tmp_path / "w.pt")
+    (tmp_path / "cut.pt").write_bytes((tmp_path / "w.pt").read_bytes()[:300])
+    with pytest.raises(ValueError, match=r"damaged or refused: .*"):
+        load_pretrained(detector, tmp_path / "cut.pt")
+
+
 @pytest.mark.parametrize(
     ("name", "there", "here", "modules", "said"),
     [

@@ -294,8 +294,9 @@ def _wanted(listing: Listing, classes: Sequence[str]) -> list[int]:
     ids = {name: category for category, name in listing.categories.items()}
     for name in classes:
         if name not in ids:
-            near = difflib.get_close_matches(name, list(ids), n=1, cutoff=0.0) or ["none: it has no classes"]
-            raise ValueError(f"annotations {listing.path}: no class {name!r}; the nearest is {near[0]!r}")
+            near = difflib.get_close_matches(name, list(ids), n=1, cutoff=0.0)
+            rest = f"the nearest is {near[0]!r}" if near else "it has no classes"
+            raise ValueError(f"annotations {listing.path}: no class {name!r}; {rest}")
     if len(set(classes)) < len(classes):
         raise ValueError(f"classes: one occurs twice in {list(classes)}")
     return [ids[name] for name in classes]

@@ -125,7 +125,7 @@ def find_images(annotation_path: str | Path, folder: str | Path | None, file_nam
         FileNotFoundError: no folder tried has them; the message lists the folders.
     """
     first = list(file_names[:3])
-    tried = [Path(folder)] if folder is not None else list(_likely_folders(Path(annotation_path)))
+    tried = [Path(folder)] if folder is not None else list(dict.fromkeys(_likely_folders(Path(annotation_path))))
     for candidate in tried:
         if all(place_of(candidate, name).is_file() for name in first):
             return candidate

@@ -122,7 +122,7 @@ def coco_file(path: str | Path, split: str | None = None) -> Path:
     if not wanted:
         raise FileNotFoundError(f"annotations {path}: no COCO json{f' of split {split}' if split else ''}")
     if len(wanted) > 1:
-        raise ValueError(f"annotations {path}: several COCO files, name one: {', '.join(map(str, wanted))}")
+        raise ValueError(f"annotations {path}: several COCO files, name one or a split: {', '.join(map(str, wanted))}")
     return wanted[0]
 
 

@@ -21,7 +21,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of ``aligndet split``."""
     parser.add_argument("annotations", metavar="LABELS", help="COCO json, VOC image set, YOLO yaml, or a folder")
     parser.add_argument("--out", required=True, metavar="DIR", help="folder for NAME.FOLD@PERCENT.json")
-    parser.add_argument("--percent", type=float, nargs="+", default=PERCENT, help="of the images (default 1 5 10 20)")
+    parser.add_argument(
+        "--percent", type=float, nargs="+", help="of the images (default 1 5 10 20, as far as that is an image)"
+    )
     parser.add_argument("--folds", type=int, nargs="+", default=FOLDS, help="seeds of the draws (default 1 2 3 4 5)")
     parser.add_argument("--format", choices=("coco", "voc", "yolo"), help="default: found out")
     parser.add_argument("--split", metavar="NAME", help="part of a folder or yaml: val, … (default: train)")
@@ -38,7 +40,8 @@ def run(args: argparse.Namespace) -> int:
     source = coco_file(args.annotations, split) if kind == "coco" else Path(args.annotations)
     tree, stem, root = _tree(source, kind, split)
     number, out = len(tree["images"]), Path(args.out)
-    counts = {percent: share_of(number, percent) for percent in args.percent}
+    percents = args.percent or [percent for percent in PERCENT if percent * number >= 100] or PERCENT
+    counts = {percent: share_of(number, percent) for percent in percents}
     try:
         out.mkdir(parents=True, exist_ok=True)
         for percent, count in counts.items():
@@ -50,6 +53,9 @@ def run(args: argparse.Namespace) -> int:
     except OSError as error:
         raise ValueError(f"--out {out}: cannot write there: {error.strerror}") from None
     print(f"{source}: {f'part {split}' if parts else 'all'}, {number} images")
+    for percent in [] if args.percent else PERCENT:
+        if percent not in counts:
+            print(f"no folds of {percent:g} %, which is less than one image")
     for percent, count in counts.items():
         folds = ",".join(map(str, args.folds))
         print(f"{out}/{stem}.{{{folds}}}@{percent:g}.json: {count} of {number} images each")

@@ -23,9 +23,12 @@ def run(args: argparse.Namespace) -> int:
 
     Raises:
         FileNotFoundError: a run has no log.
-        ValueError: matplotlib is missing, no run has a loss yet, or ``--losses`` names one that no run has.
+        ValueError: matplotlib is missing, ``--out`` is no .png, no run has a loss yet, or ``--losses`` names one that
+            no run has.
     """
     figures.require()
+    if Path(args.out).suffix.lower() != ".png":
+        raise ValueError(f"--out {args.out}: want a name that ends in .png")
     logs = {folder: _records(Path(folder)) for folder in args.runs}
     records = [record for log in logs.values() for record in log]
     known = dict.fromkeys(name for record in records for name in record.get("losses", {}))

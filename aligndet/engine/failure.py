@@ -49,6 +49,8 @@ def one_line_errors() -> Iterator[None]:
 
 
 def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename is not None and error.strerror:
+        return f"{error.filename}: cannot be read or written ({error.strerror})"
     lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
     # An error in a loader worker arrives wrapped in that worker's traceback; its last line is the message.
     wrapped = any("Original Traceback" in line for line in lines)

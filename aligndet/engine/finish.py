@@ -14,6 +14,7 @@ from aligndet.engine.best import same_buffers
 from aligndet.engine.distributed import World, barrier, gather_objects
 from aligndet.engine.evaluate import save_predictions
 from aligndet.engine.loop import Training
+from aligndet.engine.runfolder import RESULTS, writable
 from aligndet.engine.stages import training_annotations
 from aligndet.engine.validate import detections_on, metrics_of, validation_truth, without_nan
 from aligndet.finetune import FineTune
@@ -26,8 +27,7 @@ def finish(config: Config, training: Training) -> Path:
     Returns:
         The weights: ``pretrained.pt``, ``model.pt`` or ``backbone.pt`` in the run folder.
     """
-    names = {settings.PRETRAIN: "pretrained.pt", settings.FINETUNE: "model.pt", settings.IMAGE_DOMAIN: "backbone.pt"}
-    path = training.folder / names[config.task]
+    path = training.folder / RESULTS[config.task]
     if training.world.rank == 0:
         *_, result = training.models.values()
         content = training.export(result)
@@ -71,10 +71,14 @@ def evaluate(config: Config, detector: Detector, classes: Sequence[str], world: 
 
     Returns:
         The metrics of ``measure`` with per-class results; on every rank.
+
+    Raises:
+        ValueError: ``folder`` cannot be written, which is said before the first image.
     """
+    if world.rank == 0:
+        writable(folder)
     detections = detections_on(config, detector, classes, world)
     if world.rank == 0:  # first: metrics of masks refuse a file without them, and detections are what took the time
-        folder.mkdir(parents=True, exist_ok=True)
         truth = validation_truth(config, classes)
         save_predictions(folder / "predictions.json", truth, detections, classes=classes)
     metrics = metrics_of(config, detector, classes, detections, per_class=True)

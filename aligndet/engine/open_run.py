@@ -42,8 +42,8 @@ def open_run(config: Config, world: World) -> Run:
     """Lock the run folder, find its newest checkpoint, and write the resolved config there; all ranks call it.
 
     Raises:
-        ValueError: another process trains there; the folder cannot be written; no checkpoint can be read; or they are
-            of a config that cannot be continued with this one.
+        ValueError: another process trains there; the folder cannot be written; no checkpoint can be read; they are of a
+            config that cannot be continued with this one; or there is none beside a result.
     """
     folder, error = Path(config.run), None
     if world.rank == 0:
@@ -53,6 +53,12 @@ def open_run(config: Config, world: World) -> Run:
             error = str(caught)
     distributed.together(error, world)
     path, state, warnings = runfolder.newest(folder)
+    result = folder / runfolder.RESULTS[config.task]
+    if path is None and result.exists():
+        raise ValueError(
+            f"run {folder}: holds {result.name} and no checkpoint to continue from; take another run folder, or move "
+            "that file away to start afresh"
+        )
     plain = settings.to_dict(config)
     changed = [] if path is None else _changes(folder, path, state, plain)
     refused = [line for line in changed if not line.startswith(FREE_KEYS)]

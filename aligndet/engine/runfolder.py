@@ -20,6 +20,7 @@ from typing import Any
 from aligndet.engine import checkpoint
 
 POINTER, LOCK, OLD = "checkpoints.json", "run.lock", "checkpoint.pt"
+RESULTS = {"pretrain": "pretrained.pt", "finetune": "model.pt", "image_domain": "backbone.pt"}  # by task
 FORMAT = 2  # of checkpoints; 1 is the single file of earlier versions
 NAME = re.compile(r"checkpoint-(\d{8,})\.pt")
 
@@ -47,6 +48,19 @@ def lock(folder: Path) -> None:
         os.write(file, str(os.getpid()).encode())
         for leftover in folder.glob("*.tmp"):  # of a killed run: nobody else writes here now
             leftover.unlink(missing_ok=True)
+
+
+def writable(folder: Path) -> None:
+    """Make the folder of results and see that files can be written there, before what takes long.
+
+    Raises:
+        ValueError: they cannot.
+    """
+    with _plainly(folder, "results"):
+        folder.mkdir(parents=True, exist_ok=True)
+        trial = folder / f".{os.getpid()}.tmp"
+        trial.touch()
+        trial.unlink()
 
 
 def write(folder: Path, state: dict[str, Any], *, keep: int, best: bool = False) -> None:

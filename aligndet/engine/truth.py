@@ -87,7 +87,7 @@ def read_truth(source: str | Path | Annotations, classes: Sequence[str]) -> Trut
             )
         missing = [name for name in classes if name not in by_name]
         if missing:
-            raise ValueError(f"annotations {path}: no category {missing[0]!r}; it has {', '.join(by_name)}")
+            raise ValueError(f"annotations {path}: no category {missing[0]!r}; it has {', '.join(by_name) or 'none'}")
         categories = {by_name[name]: name for name in classes}
     report = source.report if isinstance(source, Annotations) else None
     every = frozenset(names)

@@ -179,7 +179,7 @@ def test_ambiguous_and_unknown_paths_are_named(tmp_path: Path) -> None:
     assert load_annotations(tmp_path, format="coco").path == str(path)
     (tmp_path / "annotations/instances_val2017.json").write_text("{}")
     assert load_annotations(tmp_path, format="coco", split="train").path == str(path)
-    with pytest.raises(ValueError, match="several COCO files, name one"):
+    with pytest.raises(ValueError, match="several COCO files, name one or a split"):
         load_annotations(tmp_path, format="coco")
     with pytest.raises(FileNotFoundError, match="no COCO json of split test"):
         load_annotations(tmp_path, format="coco", split="test")

@@ -75,6 +75,19 @@ def test_fold_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(load_annotations(out / "instances_train2017.1@30.json").boxes) == 9
 
 
+def test_percentages_of_less_than_an_image_are_left_out_unless_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert cli.main(["split", str(many(tmp_path, 10)), "--out", str(out), "--folds", "1"]) == 0
+    assert sorted(file.name.partition("@")[2] for file in out.iterdir()) == ["10.json", "20.json"]
+    told = capsys.readouterr().out
+    assert "no folds of 1 %, which is less than one image" in told and "no folds of 5 %" in told
+    with pytest.raises(SystemExit):
+        cli.main(["split", str(many(tmp_path, 4)), "--out", str(out)])
+    assert "--percent 1: want at least one image and at most all of 4, got 0" in capsys.readouterr().err
+
+
 def test_folds_of_other_formats(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for kind in ("voc", "yolo"):
         same.WRITERS[kind](tmp_path / kind)

@@ -97,6 +97,7 @@ def test_the_command_names_what_is_missing(
     (tmp_path / "empty").mkdir()
     run_of(tmp_path / "quiet", [], {})
     run_of(tmp_path / "one", [{"box": 1.0}], {})
-    with pytest.raises(SystemExit) as stopped:
-        main(["plot", *(text.format(tmp_path) for text in given), "--out", str(tmp_path / "c.png")])
-    assert stopped.value.code == 2 and says in capsys.readouterr().err
+    for out, words in (("c.png", says), ("c.pdf", "c.pdf: want a name that ends in .png")):
+        with pytest.raises(SystemExit) as stopped:
+            main(["plot", *(text.format(tmp_path) for text in given), "--out", str(tmp_path / out)])
+        assert stopped.value.code == 2 and words in capsys.readouterr().err

@@ -274,10 +274,19 @@ def load_detector(path: str | Path) -> tuple[Detector, tuple[str, ...]]:
     report = _fill(detector, state, str(path))
     if report.kept or report.mismatched or report.unused:
         raise ValueError(f"weights {path}: do not fit the detector they describe:\n{report}")
-    data = content.get("config", {}).get("data", {})
-    detector.short_side = int(data.get("eval_short_side", detector.short_side))
-    detector.long_side = int(data.get("long_side", detector.long_side))
+    detector.short_side = _side_of(content, "eval_short_side", path) or detector.short_side
+    detector.long_side = _side_of(content, "long_side", path) or detector.long_side
     return detector.eval(), tuple(classes)
+
+
+def _side_of(content: Mapping[str, Any], key: str, path: str | Path) -> int | None:
+    """A size px of images in the config of the run that a file is from; None where it says none."""
+    config = content.get("config")
+    data = config.get("data") if isinstance(config, dict) else None
+    side = data.get(key) if isinstance(data, dict) else None
+    if side is not None and (not isinstance(side, int) or side < 1):
+        raise ValueError(f"weights {path}: config.data.{key}: want px, at least 1, got {side!r}")
+    return side
 
 
 def _tensors(content: dict[str, Any], wrappers: tuple[str, ...], path: str | Path) -> dict[str, Tensor]:

@@ -123,7 +123,7 @@ def test_unknown_names_are_named_with_the_nearest() -> None:
         ("fcos", {"score_threshold": 2.0}, "score_threshold: want a number in 0 .. 1, got 2.0"),
         ("fcos", {"pixel_mean": (1.0, 2.0)}, "pixel_mean: want three numbers"),
         ("fcos", {"pixel_std": (1.0, 0.0, 1.0)}, "pixel_std: want three numbers above 0"),
-        ("fcos", {"norm_eps": -1.0}, "norm_eps: want a number above 0, got -1.0"),
+        ("fcos", {"norm_eps": -1.0}, "norm_eps: want a number of at least 0, got -1.0"),
     ],
 )
 def test_impossible_options_are_named(name: str, options: dict[str, object], words: str) -> None:

@@ -14,11 +14,14 @@ from typing import IO
 
 import pytest
 import torch
+from torch import nn
 
 from aligndet import cli
 from aligndet.engine import finish, guard, runfolder
 from aligndet.engine.log import read_log
+from aligndet.finetune import FineTune
 from aligndet.pretrain import AlignDet
+from aligndet.structures import Batch
 from tests.engine.test_checkpoint import Malicious, same
 from tests.test_pipeline import failure, finetune_config, pretrain_config, scenes, train
 
@@ -178,6 +181,45 @@ def test_a_bad_step_is_left_out_on_request(scenes: Path, tmp_path: Path) -> None
         train(pretrain_config(scenes, tmp_path / "run"), "nonfinite=skip")
     state = runfolder.newest(tmp_path / "run")[1]
     assert (state["step"], state["bad_steps"]) == (6, 1)
+    assert all(value.isfinite().all() for value in state["model"].values())
+
+
+def test_a_step_that_is_left_out_moves_no_running_statistics() -> None:
+    """A forward pass with infinite values leaves a mean of nan, and no later value would take it away."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))
+    statistics = guard.Statistics(model, wanted=True)
+    model(torch.randn(2, 3, 4, 4))
+    statistics.keep()
+    before = [buffer.clone() for buffer in model.buffers()]
+    model(torch.full((2, 3, 4, 4), torch.inf))
+    assert not all(buffer.isfinite().all() for buffer in model.buffers())
+    statistics.restore()
+    assert all(torch.equal(*pair) for pair in zip(before, model.buffers(), strict=True))
+    off = guard.Statistics(model, wanted=False)
+    model(torch.randn(2, 3, 4, 4))
+    off.restore()
+    assert not all(torch.equal(*pair) for pair in zip(before, model.buffers(), strict=True))
+
+
+def test_norms_that_learn_survive_a_bad_step_of_a_run(scenes: Path, tmp_path: Path) -> None:
+    passes, forward = 0, FineTune.forward
+
+    def overflowing(self: FineTune, batch: Batch) -> dict[str, torch.Tensor]:
+        nonlocal passes
+        passes += 1
+        factor = torch.inf if passes == 2 else 1.0
+        hook = self.detector.backbone.register_forward_pre_hook(lambda module, inputs: (inputs[0] * factor,))
+        losses = forward(self, batch)
+        hook.remove()
+        return losses
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(FineTune, "forward", overflowing)
+        options = ("optim.steps=4", "nonfinite=skip", "model.norm=batch", "model.frozen_stages=0")
+        train(finetune_config(scenes, tmp_path / "run"), *options)
+    state = runfolder.newest(tmp_path / "run")[1]
+    assert (state["step"], state["bad_steps"]) == (4, 1)
     assert all(value.isfinite().all() for value in state["model"].values())
 
 

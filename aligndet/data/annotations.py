@@ -16,6 +16,8 @@ from pycocotools import mask as rle
 from aligndet.data.segmentation import run_lengths
 from aligndet.typed import shown
 
+LEAST_INSIDE = 0.01  # px of a side inside the image; less is an error of rounding and vanishes when images are resized
+
 
 class Names(Sequence[str]):
     """Texts in one array of bytes, so that loader workers share them: reading a list of str would copy its pages."""
@@ -319,6 +321,7 @@ def _corners(box: Any, area: Any, size: tuple[int, int]) -> tuple[tuple[float, .
     limit_y, limit_x = size if min(size) > 0 else (math.inf, math.inf)
     # In float32, in which they are kept: a sliver at the border must not round to nothing.
     corners = array("f", (max(x, 0), max(y, 0), min(x + width, limit_x), min(y + height, limit_y)))
-    if not (all(map(math.isfinite, corners)) and corners[2] > corners[0] and corners[3] > corners[1]):
+    inside = corners[2] - corners[0] >= LEAST_INSIDE and corners[3] - corners[1] >= LEAST_INSIDE
+    if not (all(map(math.isfinite, corners)) and inside):
         return (), "box outside the image"
     return tuple(corners), ""

@@ -7,13 +7,14 @@ from pathlib import Path, PurePosixPath
 
 from aligndet.typed import shown
 
+ENCODING = "utf-8-sig"  # of lists and labels: UTF-8, which Windows begins with a mark that is no part of the text
 SUFFIXES = (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".tif", ".tiff")
 
 
 def list_images(root: str | Path) -> list[str]:
     """The image files below a folder, by name: sorted paths relative to it, "/" between folders.
 
-    Links are followed, to each real folder once, so that loops end.
+    Links are followed, to each real folder once, so that loops end; a folder that is also there itself has that name.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -22,16 +23,20 @@ def list_images(root: str | Path) -> list[str]:
     root = Path(root)
     if not root.is_dir():
         raise FileNotFoundError(f"images {root}: no such folder")
-    found, seen = [], set()
-    for folder, inner, files in os.walk(root, followlinks=True):
-        real = os.path.realpath(folder)
-        if real in seen:
-            inner.clear()
-            continue
-        seen.add(real)
-        inner.sort()
-        here = Path(folder).relative_to(root)
-        found += [(here / name).as_posix() for name in files if name.lower().endswith(SUFFIXES)]
+    found, seen, tops = [], set[str](), [str(root)]
+    while tops:
+        links = []
+        for folder, inner, files in os.walk(tops.pop(0)):
+            real = os.path.realpath(folder)
+            if real in seen:
+                inner.clear()
+                continue
+            seen.add(real)
+            inner.sort()
+            links += [path for name in inner if os.path.islink(path := os.path.join(folder, name))]
+            here = Path(folder).relative_to(root)
+            found += [(here / name).as_posix() for name in files if name.lower().endswith(SUFFIXES)]
+        tops += links
     if not found:
         raise ValueError(f"images {root}: no file ends in {', '.join(SUFFIXES)}")
     return sorted(found)

@@ -172,7 +172,7 @@ def _read_arrays(path: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
     for name, array, shape, kinds in (
         ("names", names, (number,), "U"),
         ("offsets", offsets, (number + 1,), "iu"),
-        ("boxes", boxes, (len(boxes), 4), "fiu"),
+        ("boxes", boxes, (boxes.size // 4, 4), "fiu"),
         ("sizes", sizes, (number, 2), "iu"),
     ):
         if array.shape != shape or array.dtype.kind not in kinds:
@@ -249,7 +249,7 @@ def _read_results(path: Path, annotations: str, min_score: float | None) -> _Sou
 def _results(tree: list[Any], order: np.ndarray, row_of: dict[Any, int]) -> Iterator[LabelledObject]:
     for index in order.tolist():
         image = tree[index]["image_id"]
-        row = row_of.get(image, row_of.get(plain_id(image), -1)) if isinstance(image, int | str) else -1
+        row = row_of.get(image, row_of.get(plain_id(image), -1)) if isinstance(image, int | float | str) else -1
         name = f"result {index}" if row >= 0 else f"result {index}, image {image!r}"
         yield LabelledObject(name, row, 1, tree[index]["bbox"])
 
@@ -257,7 +257,7 @@ def _results(tree: list[Any], order: np.ndarray, row_of: dict[Any, int]) -> Iter
 def _read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
-    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # among them numbers of too many digits
         raise ValueError(f"proposals {path}: not JSON: {error}") from None
 
 

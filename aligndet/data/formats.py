@@ -169,7 +169,7 @@ def _yolo_files(folder: Path) -> list[Path]:
     for file in sorted([*folder.glob("*.yaml"), *folder.glob("*.yml")]):
         try:
             tree = read_yaml(file)
-        except ValueError:
+        except (ValueError, FileNotFoundError):  # not of YOLO, or a link to nothing
             continue
         if any(name in tree for name in SPLITS):
             found.append(file)

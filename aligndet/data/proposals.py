@@ -23,6 +23,7 @@ import os
 import platform
 import struct
 import zipfile
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -123,7 +124,7 @@ def write_proposals(
     if not len(names) == len(sizes) == len(boxes_per_image):
         raise ValueError(f"{path}: {len(names)} names, {len(sizes)} sizes, {len(boxes_per_image)} arrays of boxes")
     if len(set(names)) < len(names):
-        double = next(name for name in names if list(names).count(name) > 1)
+        double = Counter(names).most_common(1)[0][0]
         raise ValueError(f"{path}: name {double!r} occurs twice")
     counts = [_count(name, boxes) for name, boxes in zip(names, boxes_per_image, strict=True)]
     offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)

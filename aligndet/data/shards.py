@@ -101,6 +101,8 @@ def _open_shard(path: str | Path) -> ProposalFile:
     file = open_proposals(path)
     if "shard" not in file.parameters:
         raise ValueError(f"{path}: want a file of `aligndet propose --shard i/n`, got a whole one")
+    if file.labels is not None:
+        raise ValueError(f"{path}: has pseudo-classes, which mean other things in each shard; merge, then cluster")
     return file
 
 

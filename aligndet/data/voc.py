@@ -9,7 +9,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 from aligndet.data.annotations import Annotations, LabelledObject, Listing, assemble
-from aligndet.data.folder import SUFFIXES, check_name, slashed
+from aligndet.data.folder import ENCODING, SUFFIXES, check_name, slashed
 from aligndet.data.headers import image_size
 
 UNREADABLE = "xml file that cannot be read"
@@ -98,7 +98,7 @@ def _names(path: Path, split: str | None) -> dict[Path, list[str]]:
         if not files or not all(file.is_file() for file in files):
             raise FileNotFoundError(f"annotations {path}: no such file")
     try:
-        read = [(file.absolute().parents[2], file.read_text().splitlines()) for file in files]
+        read = [(file.absolute().parents[2], file.read_text(ENCODING).splitlines()) for file in files]
     except UnicodeDecodeError as error:
         raise ValueError(f"annotations {path}: not a list of names: {error}") from None
     found: dict[Path, list[str]] = {}
@@ -193,7 +193,10 @@ def _one_based(corners: tuple[float, ...] | None) -> tuple[float, ...] | None:
 def _categories(bases: Sequence[Path], data: _Data) -> dict[int, str]:
     listed = [base / "classes.txt" for base in bases if (base / "classes.txt").is_file()]
     if listed:
-        lines = [line.strip() for line in listed[0].read_text().splitlines() if line.strip()]
+        try:
+            lines = [line.strip() for line in listed[0].read_text(ENCODING).splitlines() if line.strip()]
+        except UnicodeDecodeError as error:
+            raise ValueError(f"annotations {listed[0]}: not a list of names: {error}") from None
         return dict(enumerate(dict.fromkeys(lines), start=1))
     names = {label for _, _, label, _, _ in data.objects} | set(_other_names(bases))
     return dict(enumerate(sorted(names - {""}), start=1))

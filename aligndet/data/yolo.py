@@ -9,7 +9,7 @@ from typing import Any
 
 from aligndet import typed
 from aligndet.data.annotations import Annotations, LabelledObject, Listing, assemble, check_once
-from aligndet.data.folder import SUFFIXES, list_images
+from aligndet.data.folder import ENCODING, SUFFIXES, list_images, place_of
 from aligndet.data.headers import image_size
 
 SPLITS = ("train", "val", "test")
@@ -28,8 +28,9 @@ def load_yolo(
     """Read a YOLO data set; arguments and rules of ``load_annotations``.
 
     Lines are ``class x y width height``, centre and sizes as shares of the image, or ``class x y x y x y ...`` for the
-    polygon of a mask, of which the box is taken too. An image without a label file has no objects. Category ids are the
-    class numbers. A label file that cannot be read is left out with its image, and reported.
+    polygon of a mask, of which the box is taken too; where the yaml has ``kpt_shape``, points follow the box, which are
+    not read. An image without a label file has no objects. Category ids are the class numbers. A label file that cannot
+    be read is left out with its image, and reported.
 
     Args:
         path: the yaml file: ``names`` (list, or numbers to names), ``train``, ``val``, ``test`` (a folder of images, a
@@ -51,7 +52,7 @@ def load_yolo(
     for image in images:
         labels = _label_file(image)
         try:
-            text = labels.read_text() if labels.is_file() else ""
+            text = labels.read_text(ENCODING) if labels.is_file() else ""
         except (OSError, UnicodeDecodeError) as error:
             report.setdefault(LABELS_UNREADABLE, []).append(f"{labels} ({error})")
             continue
@@ -66,7 +67,8 @@ def load_yolo(
         report=report,
         root=root,
     )
-    return assemble(listing, _objects(texts, listing.sizes), classes=classes, masks=masks, on_error=on_error)
+    points = tree.get("kpt_shape") is not None
+    return assemble(listing, _objects(texts, listing.sizes, points), classes=classes, masks=masks, on_error=on_error)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -120,7 +122,14 @@ def _images(tree: dict[str, Any], path: Path, split: str | None, report: dict[st
         raise missing[0]
     if not found:
         raise ValueError(f"annotations {path}: no images in {', '.join(there)}")
-    return list(dict.fromkeys(image.resolve() if ".." in image.parts else image.absolute() for image in found))
+    return list(dict.fromkeys(_plain(image) for image in found))
+
+
+def _plain(image: Path) -> Path:
+    """An absolute path without "..". What comes after is not resolved: labels lie beside links, not what they mean."""
+    parts = image.absolute().parts
+    last = max((place for place, part in enumerate(parts) if part == ".."), default=-1)
+    return Path(*parts[: last + 1]).resolve().joinpath(*parts[last + 1 :]) if last >= 0 else image.absolute()
 
 
 def _part(tree: dict[str, Any], name: str, path: Path) -> list[Path]:
@@ -131,7 +140,10 @@ def _part(tree: dict[str, Any], name: str, path: Path) -> list[Path]:
         if place.is_dir():
             found += [place / image for image in list_images(place)]
         else:
-            lines = [line.strip() for line in place.read_text().splitlines() if line.strip()]
+            try:
+                lines = [line.strip() for line in place.read_text(ENCODING).splitlines() if line.strip()]
+            except UnicodeDecodeError as error:
+                raise ValueError(f"annotations {path}: {place} is no list of images: {error}") from None
             found += [_beside(place, line, tree, path) for line in lines if line.lower().endswith(SUFFIXES)]
     return found
 
@@ -149,7 +161,8 @@ def _place(entry: str, tree: dict[str, Any], path: Path) -> Path:
 
 def _beside(listing: Path, line: str, tree: dict[str, Any], path: Path) -> Path:
     """An image of a list: relative to the list or to the data set; a missing file is the data set's affair."""
-    candidates = [listing.parent / line, path.parent / str(tree.get("path") or "") / line]
+    roots = (listing.parent, path.parent / str(tree.get("path") or ""))
+    candidates = [place_of(root, line) for root in roots]
     return next((candidate for candidate in candidates if candidate.is_file()), candidates[0])
 
 
@@ -177,11 +190,13 @@ def unpaired(images: Sequence[Path]) -> tuple[list[Path], list[Path]]:
     return [image for image, file in files.items() if not file.is_file()], lonely
 
 
-def _objects(texts: Sequence[str], sizes: Sequence[tuple[int, int]]) -> Iterator[LabelledObject]:
+def _objects(texts: Sequence[str], sizes: Sequence[tuple[int, int]], points: bool) -> Iterator[LabelledObject]:
+    """The lines of each image; with ``points`` those of a person's joints follow the box and are left out."""
     for image, text in enumerate(texts):
         for number, line in enumerate(text.splitlines(), start=1):
             if line.strip():
-                yield _object(line.split(), f"line {number} of the labels", image, sizes[image])
+                words = line.split()[:5] if points else line.split()
+                yield _object(words, f"line {number} of the labels", image, sizes[image])
 
 
 def _object(words: Sequence[str], name: str, image: int, size: tuple[int, int]) -> LabelledObject:

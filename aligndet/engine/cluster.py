@@ -104,6 +104,7 @@ def run(args: argparse.Namespace) -> int:
     network.eval().to(device).to(memory_format=torch.channels_last)
     extractor = Extractor(network, proposals, Path(args.images), settings)
     sources = {"proposals": _fingerprint(proposals), "weights": _checksum(network)}
+    sources["images"] = str(Path(args.images).resolve())
     state = State(out, asdict(settings) | sources, args.overwrite)
     with Progress(out.with_name(out.name + ".jsonl"), "features") as progress, torch.no_grad():
         features = extract(extractor, state, progress)

@@ -11,7 +11,7 @@ from types import FrameType
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from aligndet.structures import Batch
 
@@ -75,6 +75,25 @@ def stop_signals() -> Iterator[list[int]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+class Statistics:
+    """The buffers of a model as they were before a step: a step that is left out has moved running statistics, too."""
+
+    def __init__(self, model: nn.Module, wanted: bool) -> None:
+        """Keep nothing where it is not ``wanted``."""
+        self._now = list(model.buffers()) if wanted else []
+        self._before = [buffer.clone() for buffer in self._now]
+
+    def keep(self) -> None:
+        """Note them as they are now."""
+        for before, now in zip(self._before, self._now, strict=True):
+            before.copy_(now)
+
+    def restore(self) -> None:
+        """Put back what was noted."""
+        for before, now in zip(self._before, self._now, strict=True):
+            now.copy_(before)
 
 
 def mark(first_bad: Tensor, step: int, values: Sequence[Tensor]) -> None:

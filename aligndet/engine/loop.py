@@ -130,6 +130,7 @@ def fit(training: Training) -> None:
     unread: list[str] = []
     recent: list[Step] = []  # the steps since losses were last read
     spent = 0.0  # seconds in those
+    statistics = guard.Statistics(t.model, t.nonfinite == "skip")
     bad_in_a_row, first_bad = 0, torch.tensor(guard.NEVER, device=world.device)
     with guard.stop_signals() as signals, profiling.steps(t.profile, t.folder, t.log, world) as after_step:
         stream = on_device(t.loader, world.device)
@@ -139,6 +140,7 @@ def fit(training: Training) -> None:
             began, data_time = time.perf_counter(), 0.0
             recent.append(Step(step, checkpoint.rng_state()))
             rate = _set_rate(t, step)
+            statistics.keep()
 
             sums: dict[str, Tensor] = {}
             for part in range(t.accumulate):
@@ -170,6 +172,7 @@ def fit(training: Training) -> None:
                 give_up(t, step, recent, sums)
             if bad:
                 _leave_out(t, step, first_bad)
+                statistics.restore()
             else:
                 with guard.memory_of(recent[-1]), record_function("optimizer"):
                     t.scaler.step(t.optimizer)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -11,7 +12,8 @@ from typing import Any
 class Partial:
     """One JSON line per finished item, after a first one with what the results depend on.
 
-    A line that was being written when the process died is dropped; a file made with other settings begins anew.
+    A line that was being written when the process died is dropped; a file made with other settings begins anew. What is
+    there is never written again.
 
     Attributes:
         done: the finished items by name.
@@ -19,17 +21,24 @@ class Partial:
 
     def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         self.path, self.done = path, dict[str, Any]()
-        first = json.dumps(settings)
-        lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
-        for line in lines[1:] if lines[:1] == [first.encode()] else []:
-            try:
-                name, result = json.loads(line)
-            except ValueError:
-                break
-            self.done[name] = result
-        # Whole lines only: what is appended must begin one.
-        path.write_text("".join(f"{line}\n" for line in (first, *map(json.dumps, self.done.items()))))
-        self._file = open(path, "a")  # noqa: SIM115  (closed by __exit__)
+        first = json.dumps(settings).encode()
+        try:
+            lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+            whole = len(first) + 1
+            for line in lines[1:] if lines[:1] == [first] else []:
+                try:
+                    name, result = json.loads(line)
+                except ValueError:
+                    break
+                self.done[name] = result
+                whole += len(line) + 1
+            if lines[:1] == [first]:
+                os.truncate(path, whole)  # whole lines only: what is appended must begin one
+            else:
+                path.write_bytes(first + b"\n")
+            self._file = open(path, "a")  # noqa: SIM115  (closed by __exit__)
+        except OSError as error:
+            raise ValueError(f"{path}: cannot be written: {error.strerror or error}") from None
 
     def __enter__(self) -> Partial:
         return self

@@ -62,6 +62,8 @@ def build_arguments(name: str, state_dict: Mapping[str, Tensor]) -> dict[str, An
     if key not in state_dict:
         raise ValueError(f"detectron2 {name}: want {key} among the names, got {', '.join(list(state_dict)[:5])}")
     outputs = len(state_dict[key])
+    if dense and outputs % 9:
+        raise ValueError(f"detectron2 {name}: {key}: want a multiple of 9 anchors, got {outputs} scores")
     return {
         "name": match[1],
         "backbone": f"resnet{match[2]}",

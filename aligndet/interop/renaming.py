@@ -35,10 +35,15 @@ def rolled(prefix: str, rows: int) -> Change:
 
 
 def reordered(prefix: str, order: Sequence[int], dim: int = 0) -> Change:
-    """Entry ``order[i]`` of ``dim`` there is entry i here."""
+    """Entry ``order[i]`` of ``dim`` there is entry i here; of tensors with another number none is moved."""
     there = torch.tensor(list(order))
     here = there.argsort()
-    return Change(prefix, lambda value: value.index_select(dim, there), lambda value: value.index_select(dim, here))
+
+    def moved(value: Tensor, rows: Tensor) -> Tensor:
+        fits = value.ndim > dim and value.shape[dim] == len(rows)
+        return value.index_select(dim, rows) if fits else value
+
+    return Change(prefix, lambda value: moved(value, there), lambda value: moved(value, here))
 
 
 @torch.no_grad()

@@ -66,8 +66,8 @@ def build_detector(
             raise ValueError(f"{what}: want three numbers, of red, green and blue, got {triple}")
     if pixel_std is not None and min(pixel_std) <= 0:
         raise ValueError(f"pixel_std: want three numbers above 0, got {pixel_std}")
-    if norm_eps is not None and not norm_eps > 0:
-        raise ValueError(f"norm_eps: want a number above 0, got {norm_eps}")
+    if norm_eps is not None and not norm_eps >= 0:
+        raise ValueError(f"norm_eps: want a number of at least 0, got {norm_eps}")
     for what in ("score_threshold", "dropout"):
         if not 0 <= options.get(what, 0.0) <= 1:
             raise ValueError(f"{what}: want a number in 0 .. 1, got {options[what]}")

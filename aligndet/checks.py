@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -18,6 +19,13 @@ MISTAKES: dict[str, tuple[str, ...] | None] = {
     "start": None,
     "first": ("retinanet", "detr"),
     "fallback": None,
+}
+# As whose model each detector can compute (models/conventions.py; a test holds the two together).
+CONVENTIONS: dict[str, tuple[str, ...]] = {
+    "fcos": ("aligndet", "torchvision"),
+    "retinanet": ("aligndet", "torchvision", "detectron2"),
+    "faster_rcnn": ("aligndet", "torchvision", "detectron2", "mmdet"),
+    "mask_rcnn": ("aligndet", "torchvision", "detectron2", "mmdet"),
 }
 READ_BY_SOCO = ("name", "embedding", "momentum", "momentum_schedule")
 READ_BY = {"crop_first": "detr", "crop_sides": "detr", "jitter_size": "jitter", "jitter_scale": "jitter"}
@@ -48,6 +56,21 @@ def check_augmentation(data: DataConfig, plain: DataConfig, batch: int) -> None:
         raise ValueError("data.group_aspect: has no effect with data.augment jitter, whose images are all squares")
     if data.group_aspect and batch == 1:
         raise ValueError("data.group_aspect: has no effect with optim.batch 1")
+
+
+def check_sides(data: DataConfig) -> None:
+    """Refuse short sides of training that the bound of the long one never lets through."""
+    if data.short_side and data.augment != "jitter" and max(data.short_side) > data.long_side:
+        raise ValueError(
+            f"data.long_side: want at least the largest short side {max(data.short_side)}, got {data.long_side}"
+        )
+
+
+def check_conventions(detector: str, conventions: str | None) -> None:
+    """Refuse conventions that a detector does not know."""
+    known = CONVENTIONS.get(detector, ())
+    if conventions is not None and conventions not in known:
+        raise ValueError(f"model.conventions: want one of {', '.join(known)} for {detector}, got {conventions}")
 
 
 def check_project(wandb: str | None) -> None:
@@ -105,8 +128,10 @@ def check_pretraining(config: Config) -> None:
         raise ValueError("method.positives: the reference's fallback keys go with positives keys only")
     if method.name == "soco":
         plain = type(method)()
-        for name in (item.name for item in dataclasses.fields(method)):
-            if name not in READ_BY_SOCO and getattr(method, name) != getattr(plain, name):
-                raise ValueError(f"method.{name}: not read by method.name soco; remove it")
+        names = [item.name for item in dataclasses.fields(method) if item.name not in READ_BY_SOCO]
+        if unread := [name for name in names if getattr(method, name) != getattr(plain, name)]:
+            keys = ", ".join(f"method.{name}" for name in unread)
+            usual = " ".join(f"method.{name}={json.dumps(getattr(plain, name))}" for name in unread)
+            raise ValueError(f"{keys}: not read by method.name soco; remove, or set {usual}")
     elif method.freeze_backbone and config.optim.backbone_lr != 1:
         raise ValueError("optim.backbone_lr: has no effect while method.freeze_backbone is true")

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from aligndet.checks import MISTAKES, check_augmentation, check_pretraining, check_project, check_validation
+from aligndet import checks
 from aligndet.typed import checked, read_yaml, shown
 
 TASKS = ("pretrain", "finetune", "image_domain")
@@ -69,9 +69,7 @@ class ModelConfig:
     feedforward: int | None = knob(None, of=DETR, above=0, tasks=BOXES)  # hidden width of the transformer (2048)
     dropout: float | None = knob(None, of=DETR, least=0, tasks=BOXES)  # (0.1)
     # As whose model it computes (ours, which is mmdet's but for details): pre-train with it to go on elsewhere.
-    conventions: str | None = knob(
-        None, of=(*DENSE, *TWO_STAGE), choices=("aligndet", "torchvision", "mmdet", "detectron2"), tasks=BOXES
-    )
+    conventions: str | None = knob(None, of=(*DENSE, *TWO_STAGE), tasks=BOXES)  # which: checks.CONVENTIONS
     score_threshold: float | None = knob(None, least=0, tasks=(FINETUNE,))  # less is dropped (0.05; detr 0)
 
 
@@ -128,7 +126,7 @@ class MethodConfig:
     reduction: str = knob("boxes", choices=("boxes", "queries", "sum"), tasks=(PRETRAIN,))  # of the contrast (row 2)
     momentum_schedule: str = knob("cosine", choices=("cosine", "constant"), tasks=(PRETRAIN,))  # row 11
     freeze_backbone: bool = knob(True, tasks=(PRETRAIN,))  # Table 11; soco always trains it
-    mistakes: tuple[str, ...] = knob((), choices=tuple(MISTAKES), tasks=(PRETRAIN,))  # see aligndet/reference.py
+    mistakes: tuple[str, ...] = knob((), choices=tuple(checks.MISTAKES), tasks=(PRETRAIN,))  # see aligndet/reference.py
     reference_compatible: bool = knob(False, tasks=BOXES)  # all of the detector's; keep_predictors false
     projection: int = knob(2048, above=0, tasks=(IMAGE_DOMAIN,))  # SimSiam: outputs of the projector
     bottleneck: int = knob(512, above=0, tasks=(IMAGE_DOMAIN,))  # SimSiam: hidden width of the predictor
@@ -219,15 +217,17 @@ def load_config(path: str | Path, overrides: Sequence[str] = (), evaluation: boo
     try:
         if evaluation and (data is None or (isinstance(data, dict) and data.get("val") is None)):
             raise ValueError("data.val: eval needs it, labels in COCO, VOC or YOLO format")
-        return from_dict(tree)
+        return from_dict(tree, evaluation)
     except ValueError as error:
         raise ValueError(f"config {path}: {error}") from None
 
 
-def from_dict(tree: Mapping[str, Any]) -> Config:
+def from_dict(tree: Mapping[str, Any], evaluation: bool = False) -> Config:
     """A checked Config from nested plain values, as ``to_dict`` or YAML gives them; others take their defaults."""
     config = _build(Config, tree, "")
     _check_read(config, tree)
+    if not evaluation and config.task != IMAGE_DOMAIN:  # which does not read them
+        checks.check_sides(config.data)
     _check_combinations(config)
     return config
 
@@ -342,12 +342,9 @@ def _check_combinations(config: Config) -> None:
         raise ValueError(f"optim.accumulate: want a divisor of optim.batch {optim.batch}, got {optim.accumulate}")
     if not data.short_side:
         raise ValueError("data.short_side: want at least one size")
-    if config.task != IMAGE_DOMAIN and data.augment != "jitter" and max(data.short_side) > data.long_side:
-        raise ValueError(
-            f"data.long_side: want at least the largest short side {max(data.short_side)}, got {data.long_side}"
-        )
-    check_augmentation(data, DataConfig(), optim.batch)
-    check_project(config.wandb)
+    checks.check_conventions(config.model.detector, config.model.conventions)
+    checks.check_augmentation(data, DataConfig(), optim.batch)
+    checks.check_project(config.wandb)
     shares = {"data.flip": data.flip, "optim.warmup_ratio": optim.warmup_ratio}
     shares |= {f"model.{name}": getattr(config.model, name) for name in ("dropout", "score_threshold")}
     for key, share in shares.items():
@@ -369,7 +366,7 @@ def _check_task_combinations(config: Config) -> None:
     if config.task == IMAGE_DOMAIN and config.model.norm == "frozen" and not config.model.backbone.startswith("swin"):
         raise ValueError("model.norm: a backbone trained from random weights needs norms that learn: batch or sync")
     if config.task == PRETRAIN:
-        check_pretraining(config)
+        checks.check_pretraining(config)
         if method.contrast + method.localization + method.classification == 0:
             raise ValueError("method.contrast, .localization, .classification: want one of them above 0")
         if not 0 <= method.momentum <= 1 or not 0 <= (method.background or 0.0) <= 1:
@@ -379,11 +376,13 @@ def _check_task_combinations(config: Config) -> None:
     if config.task == FINETUNE and config.weights and config.model.backbone_weights and "backbone" in method.modules:
         raise ValueError("weights, model.backbone_weights: want one of the two; weights contain a backbone already")
     if config.task == FINETUNE:
-        check_validation(config)
+        checks.check_validation(config)
     if config.task == FINETUNE and not method.keep_predictors and not config.weights:
         raise ValueError("method.keep_predictors: has no effect without weights")
     if config.task == FINETUNE and not config.weights and (method.modules != MODULES or method.reference_compatible):
         raise ValueError("method.modules, method.reference_compatible: have no effect without weights")
+    if config.task == FINETUNE and not method.keep_predictors and "head" not in method.modules:
+        raise ValueError("method.keep_predictors: has no effect without head in method.modules")
     if config.task == FINETUNE and not method.modules:
         raise ValueError(f"method.modules: want some of {', '.join(MODULES)}, got none")
 

@@ -27,7 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--to", dest="target", required=True, choices=choices, help="library that shall read OUT")
     parser.add_argument("--name", help="what the model is called there, e.g. fcos_resnet50_fpn; needed unless ours")
     parser.add_argument(
-        "--num-classes", type=int, metavar="K", help="of the box layers made from a pre-trained file (default 80)"
+        "--num-classes",
+        type=int,
+        metavar="K",
+        help="objects, without background, that box layers made from a pre-trained file are for (default 80)",
     )
     parser.add_argument(
         "--mmdet-version",

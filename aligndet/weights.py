@@ -203,7 +203,7 @@ def inherited(path: str | Path, build: Mapping[str, Any], modules: Sequence[str]
         modules: the parts that are taken from the file.
 
     Raises:
-        ValueError: ``build`` has another of ANOTHER_MEANING for a part that is taken.
+        ValueError: ``build`` has another of ANOTHER_MEANING for a part that is taken, or norms in the neck on one side.
     """
     there = read_weights(path).get("build") or {}
     if not there:
@@ -215,6 +215,12 @@ def inherited(path: str | Path, build: Mapping[str, Any], modules: Sequence[str]
                 f"weights {path}: made with {option} {was}, here it is {now}, and the same tensors would compute "
                 f"something else; set model.{option}={was}, or leave {' and '.join(parts)} out of method.modules"
             )
+    was, now = option_of(there, "neck_norm"), option_of(build, "neck_norm")
+    if (was is None) != (now is None) and "neck" in modules:
+        raise ValueError(
+            f"weights {path}: made with neck_norm {was}, here it is {now}, and layers have other names; set "
+            f"model.neck_norm={'null' if was is None else was}, or leave neck out of method.modules"
+        )
     known = {*OF_BACKBONES, *options_of(build["name"])}
     return {
         name: there[name]

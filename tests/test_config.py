@@ -4,7 +4,9 @@ import dataclasses
 from pathlib import Path
 
 import pytest
+import yaml
 
+from aligndet.checks import CONVENTIONS
 from aligndet.config import (
     BACKBONES,
     DETECTORS,
@@ -18,6 +20,7 @@ from aligndet.config import (
 )
 from aligndet.models import DETECTORS as CLASSES
 from aligndet.models import backbones, options_of
+from aligndet.models.conventions import ANCHORS, DENSE, REGIONS
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 NEEDS: dict[str, dict[str, str]] = {
@@ -30,6 +33,22 @@ NEEDS: dict[str, dict[str, str]] = {
 def minimal(**changes: object) -> dict[str, object]:
     tree: dict[str, object] = {"task": "finetune", "run": "r", "data": {"train": "t.json"}, "optim": {"steps": 7}}
     return tree | changes
+
+
+def test_each_detector_is_offered_the_conventions_that_it_has() -> None:
+    """torchvision_v2, of RetinaNet alone, comes from files and is no setting: its towers have norms."""
+    tables = {"fcos": DENSE, "retinanet": ANCHORS, "faster_rcnn": REGIONS, "mask_rcnn": REGIONS}
+    for detector, table in tables.items():
+        assert set(CONVENTIONS[detector]) == set(table) - {"torchvision_v2"}
+    assert CONVENTIONS.keys() == tables.keys()
+
+
+def test_evaluation_asks_nothing_of_the_sizes_of_training(tmp_path: Path) -> None:
+    tree = minimal(data={"train": "t.json", "val": "v.json", "short_side": 256, "long_side": 128})
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump(tree))
+    assert load_config(tmp_path / "c.yaml", evaluation=True).data.long_side == 128
+    with pytest.raises(ValueError, match=r"data\.long_side: want at least the largest short side 256, got 128"):
+        load_config(tmp_path / "c.yaml")
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.stem)
@@ -59,6 +78,18 @@ def test_shipped_files_load_and_survive_a_round_trip(path: Path) -> None:
         (minimal(timeout=1e300), "timeout: want at most 1000000 s, got 1e+300"),
         (minimal(timeout=0.5), "timeout: want a finite number of at least 1, got 0.5"),
         (minimal(optim=[1]), "optim: want keys and values"),
+        (
+            minimal(model={"detector": "retinanet", "conventions": "mmdet"}),
+            "model.conventions: want one of aligndet, torchvision, detectron2 for retinanet, got mmdet",
+        ),
+        (
+            minimal(weights="w.pt", method={"modules": ["neck"], "keep_predictors": False}),
+            "method.keep_predictors: has no effect without head in method.modules",
+        ),
+        (
+            minimal(task="pretrain", data={"images": "i", "proposals": "p"}, method={"name": "soco", "scope": "image"}),
+            "method.scope: not read by method.name soco; remove, or set method.scope=null",
+        ),
         (minimal(optim={"steps": 7, "milestones": [3, 2]}), "optim.milestones: want an ascending list"),
         (minimal(optim={"steps": 7, "milestones": [3, 7]}), "optim.milestones: want all below the length of 7"),
         (minimal(optim={"steps": 7, "batch": 5, "accumulate": 2}), "optim.accumulate: want a divisor"),

@@ -261,10 +261,19 @@ SMALL_DETR: dict[str, Any] = {
     "feedforward": 512,
 }
 IMAGENET = "mean=[123.675, 116.28, 103.53], std=[58.395, 57.12, 57.375]"
+FOUR = ["num_classes=4: background is counted there"]
 SETTINGS: list[tuple[ModuleType, str, str, dict[str, Any], list[str]]] = [
-    (peer, "fcos", "resnet50", {"conventions": "torchvision"}, []),
-    (peer, "mask_rcnn", "resnet50", {"conventions": "torchvision", "box_head": "2fc"}, []),
-    (peer, "mask_rcnn", "resnet50", {"conventions": "torchvision", **peer.V2}, []),
+    (peer, "fcos", "resnet50", {"conventions": "torchvision"}, ["score_thresh=0.05"]),
+    (peer, "fcos", "resnet50", {"conventions": "torchvision", "score_threshold": 0.2}, []),
+    (peer, "retinanet", "resnet50", {"conventions": "torchvision_v2", "score_threshold": 0.1}, ["score_thresh=0.1"]),
+    (peer, "mask_rcnn", "resnet50", {"conventions": "torchvision", "box_head": "2fc"}, FOUR),
+    (
+        peer,
+        "mask_rcnn",
+        "resnet50",
+        {"conventions": "torchvision", "score_threshold": 0.3, **peer.V2},
+        [*FOUR, "box_score_thresh=0.3"],
+    ),
     (peer, "retinanet", "resnet50", {"conventions": "torchvision_v2"}, []),
     (
         peer,
@@ -285,7 +294,8 @@ SETTINGS: list[tuple[ModuleType, str, str, dict[str, Any], list[str]]] = [
         {"conventions": "torchvision", "channels": 64, "head_width": 256},
         [
             "box head: FastRCNNConvFCHead((64, 7, 7), [64, 64, 64, 64], [256])",
-            "box predictor: FastRCNNPredictor(256, classes)",
+            "box predictor: FastRCNNPredictor(256, 4)",
+            *FOUR,
             "backbone: BackboneWithFPN(mobilenet_v2().features, {'3': '0', '6': '1', '13': '2', '18': '3'}, "
             "[24, 32, 96, 1280], 64)",
         ],
@@ -297,6 +307,7 @@ SETTINGS: list[tuple[ModuleType, str, str, dict[str, Any], list[str]]] = [
         {"conventions": "torchvision", "pixel_std": (51.0, 51.0, 102.0), "convolutions": 2},
         [
             "head: FCOSHead(..., num_convs=2)",
+            "score_thresh=0.05",
             "images: image_mean=[0.485, 0.456, 0.406], image_std=[0.2, 0.2, 0.4]",
         ],
     ),

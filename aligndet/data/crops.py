@@ -14,6 +14,7 @@ from torchvision.transforms.v2 import functional as F
 
 from aligndet.data.batch import Sample
 from aligndet.data.retry import first_readable
+from aligndet.data.stream import drawn
 from aligndet.data.transforms import flip, read_image
 
 
@@ -52,7 +53,7 @@ class CropPairs(Dataset[tuple[Sample, Sample]]):
         return len(self.names)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Sample, Sample]:
-        index, position = key
+        index, position = drawn(key)
         (row, pixels), skipped = first_readable(self._load, index, len(self), self.on_error)
         rng = np.random.default_rng((self.seed, position))
         return self._crop(pixels, row, rng, skipped), self._crop(pixels, row, rng, skipped)

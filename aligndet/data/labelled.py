@@ -18,6 +18,7 @@ from aligndet.data.decode import open_picture
 from aligndet.data.folder import place_of
 from aligndet.data.headers import image_size
 from aligndet.data.retry import first_readable
+from aligndet.data.stream import drawn
 from aligndet.data.transforms import flip_boxes, read_image, resize
 from aligndet.ops.boxes import clip
 
@@ -86,7 +87,7 @@ class LabelledImages(Dataset[Sample]):
         return len(self.rows)
 
     def __getitem__(self, key: tuple[int, int]) -> Sample:
-        index, position = key
+        index, position = drawn(key)
         loaded, skipped = first_readable(partial(self._load, position), index, len(self), self.on_error)
         image = loaded.window.cut(loaded.pixels, loaded.size, loaded.mirrored)
         boxes, labels, masks = self._objects(loaded)

@@ -18,6 +18,17 @@ import torch
 from torch.utils.data import DataLoader, Dataset, Sampler
 
 
+def drawn(key: object) -> tuple[int, int]:
+    """The image and the position in the stream that a sample is asked for by.
+
+    Raises:
+        ValueError: a number alone; it would draw the same augmentation in every epoch.
+    """
+    if not isinstance(key, tuple) or len(key) != 2:
+        raise ValueError(f"sample: want (image, position in the stream), as StepSampler gives them, got {key!r}")
+    return key
+
+
 class StepSampler(Sampler[list[tuple[int, int]]]):
     """Lists of (index, position), one per forward pass of this rank.
 

@@ -19,6 +19,7 @@ from aligndet.data.decode import open_picture, reduction_for
 from aligndet.data.folder import place_of
 from aligndet.data.proposals import ProposalFile
 from aligndet.data.retry import first_readable
+from aligndet.data.stream import drawn
 from aligndet.data.transforms import flip_boxes, read_image
 
 ORDERS = ("random", "first")
@@ -105,7 +106,7 @@ class ViewPairs(Dataset[tuple[Sample, Sample]]):
         return len(self.rows)
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Sample, Sample]:
-        index, position = key
+        index, position = drawn(key)
         loaded, skipped = first_readable(partial(self._load, position), index, len(self), self.on_error)
         first, second = loaded.plans
         return self._view(loaded, first, skipped), self._view(loaded, second, skipped)

@@ -182,6 +182,13 @@ def by_image(detections: Mapping[int, Detections] | Sequence[Detections], truth:
     A mapping may have the file's own ids, where those are texts.
     """
     if not isinstance(detections, Mapping):
+        strange = [item for item in detections if not isinstance(item, Detections)] if _is_list(detections) else []
+        if strange or not _is_list(detections):
+            got = f"a list of {type(strange[0]).__name__}" if strange else type(detections).__name__
+            raise ValueError(
+                f"detections: want Detections, by image id or in the order of {truth.path}, got {got}; "
+                "load_predictions reads files of results"
+            )
         if len(detections) != len(truth.sizes):
             counts = f"{len(truth.sizes)} images, got detections of {len(detections)}"
             raise ValueError(f"annotations {truth.path}: want one Detections for each of its {counts}")
@@ -191,6 +198,10 @@ def by_image(detections: Mapping[int, Detections] | Sequence[Detections], truth:
     if unknown:
         raise ValueError(f"annotations {truth.path}: no image with id {unknown[0]!r}, but there are detections of it")
     return {number_of[image_id]: item for image_id, item in detections.items()}
+
+
+def _is_list(value: object) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
 
 
 def image_ids(truth: Truth) -> dict[Any, int]:

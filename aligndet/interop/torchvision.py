@@ -151,7 +151,27 @@ def settings(detector: Detector) -> list[str]:
     else:
         assert isinstance(detector, TwoStage)
         lines = otherwise(detector.rules, REGIONS["torchvision"], advice) + _box_head(detector)
-    return [*lines, *shares_line(detector), *_backbone(detector)]
+    return [*lines, *_numbers(detector), *shares_line(detector), *_backbone(detector)]
+
+
+def _numbers(detector: Pyramidal) -> list[str]:
+    """Arguments of the builders whose defaults are others: classes, the least score, sizes of images."""
+    lines, two_stage = [], isinstance(detector, TwoStage)
+    if two_stage:
+        lines += [f"num_classes={_outputs(detector)}: background is counted there"]
+    name, usual = (
+        ("box_score_thresh", 0.05) if two_stage else ("score_thresh", 0.2 if isinstance(detector, FCOS) else 0.05)
+    )
+    if detector.score_threshold != usual:
+        lines += [f"{name}={detector.score_threshold:g}"]
+    if (detector.short_side, detector.long_side) != (Detector.short_side, Detector.long_side):
+        lines += [f"min_size={detector.short_side}, max_size={detector.long_side}"]
+    return lines
+
+
+def _outputs(detector: Pyramidal) -> int:
+    """Rows of the class scores of a two-stage detector: its classes and background."""
+    return len(detector.predictors["score"].bias)  # type: ignore[arg-type]
 
 
 def _backbone(detector: Pyramidal) -> list[str]:
@@ -190,7 +210,7 @@ def _box_head(detector: TwoStage) -> list[str]:
         usual = normed
     if usual and width == 1024:
         return []
-    return [line] if width == 1024 else [line, f"box predictor: FastRCNNPredictor({width}, classes)"]
+    return [line] if width == 1024 else [line, f"box predictor: FastRCNNPredictor({width}, {_outputs(detector)})"]
 
 
 def _names(detector: Detector) -> tuple[list[Pair], list[Change]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -17,6 +18,7 @@ from aligndet.data.proposals import write_proposals
 from aligndet.data.shards import merge_proposals
 from aligndet.engine.partial import Partial
 
+SIDES: dict[str, Any] = {"short_sides": (64,), "long_side": 128}
 MARK = "\ufeff"
 
 
@@ -128,6 +130,12 @@ def test_a_sliver_at_the_border_is_outside(x: float, tmp_path: Path) -> None:
         for position in range(6):
             boxes_now = data[0, position].boxes
             assert (boxes_now[:, 2:] > boxes_now[:, :2]).all() and len(boxes_now) == 1
+
+
+def test_a_sample_is_asked_for_with_its_position(tmp_path: Path) -> None:
+    data = LabelledImages(load_annotations(yolo(tmp_path, "images/train")), tmp_path / "images/train", **SIDES)
+    with pytest.raises(ValueError, match=r"want \(image, position in the stream\), as StepSampler gives them, got 0"):
+        data[0]  # type: ignore[index]
 
 
 def test_shards_with_pseudo_classes_are_not_merged(tmp_path: Path) -> None:

@@ -203,6 +203,9 @@ def test_bad_detections_are_named(tmp_path: Path) -> None:
         coco_metrics(path, {4: found([(0.9, 0, A), (0.8, 3, A)])})
     with pytest.raises(ValueError, match=r"2 images, got detections of 1"):
         coco_metrics(path, [NOTHING])
+    for other, got in (("p.json", "str"), (tmp_path / "p.json", "PosixPath"), ([{"image_id": 1}], "a list of dict")):
+        with pytest.raises(ValueError, match=f"want Detections, by image id .*, got {got}; load_predictions reads"):
+            coco_metrics(path, other)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match=r"image 4: want finite"):
         coco_metrics(path, {4: found([(0.9, 0, [1.0, math.nan, 3, 4])])})
     with pytest.raises(ValueError, match="want one of bbox, segm, got 'box'"):

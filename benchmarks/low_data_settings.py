@@ -75,7 +75,10 @@ RATES = {
     "mask_rcnn": (1e-3, 2e-3, 4e-3),
 }
 # SoCo reads none of these; its backbone learns at the rate that it has in fine-tuning.
-SOCO = ("method.candidates=null", "method.scope=null", "method.classification=0", "optim.backbone_lr=0.1")
+SOCO = (
+    *("method.candidates=null", "method.scope=null", "method.classification=0", "method.contrast=1"),
+    "optim.backbone_lr=0.1",
+)
 WAYS = {
     "backbone only": Way(None),
     "AlignDet": Way(),
@@ -86,6 +89,7 @@ WAYS = {
 }
 # One setting of the contrast each; the others as in the file of the detector.
 CONTRASTS = {
+    "weight 1": ("method.contrast=1",),  # as in all files but DETR's, which has 0
     "weight 0.1": ("method.contrast=0.1",),
     "weight 0.3": ("method.contrast=0.3",),
     "temperature 0.1": ("method.temperature=0.1",),

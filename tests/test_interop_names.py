@@ -343,6 +343,22 @@ def test_the_online_branch_of_aligndets_checkpoints_is_taken() -> None:
         mmdet.from_state_dict("fcos_r50_fpn", broken)
 
 
+@pytest.mark.parametrize(
+    ("key", "shape", "words"),
+    [
+        ("backbone.bottom_up.stem.conv1.weight", (64, 4, 7, 7), r"stem\.conv1\.weight \[64, 4, 7, 7\] for"),
+        ("backbone.bottom_up.stem.conv1.weight", (64, 1, 7, 7), r"stem\.conv1\.weight \[64, 1, 7, 7\] for"),
+        ("head.bbox_pred.bias", (48,), r"head\.bbox_pred\.bias \[48\] for"),
+        ("head.cls_score.bias", (46,), r"head\.cls_score\.bias: want a multiple of 9 anchors, got 46 scores"),
+    ],
+)
+def test_tensors_of_another_number_are_not_cut_to_fit(key: str, shape: tuple[int, ...], words: str) -> None:
+    """Anchors and channels are put in another order here, which takes no more of them than there should be."""
+    state = detectron2_retinanet() | {key: torch.zeros(shape)}
+    with pytest.raises(ValueError, match=words):
+        detectron2.from_state_dict("retinanet_R_50_FPN_1x", state)
+
+
 def test_convert_writes_what_predict_reads_and_back(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.manual_seed(0)
     state = detectron2_retinanet()

@@ -252,6 +252,17 @@ def test_results_by_score(tmp_path: Path, options: list[str], first: list[int], 
     assert file.names == ("a.png", "b/c.png") and widths == [first, second]
 
 
+def test_image_ids_of_results_may_be_written_with_a_point(tmp_path: Path) -> None:
+    labels, source = coco(tmp_path / "labels.json", ["cat"], []), results(tmp_path / "results.json")
+    whole = imported(source, "--from", "results", "--annotations", str(labels))
+    rows = [row | {"image_id": float(row["image_id"])} for row in json.loads(source.read_text())]
+    other = tmp_path / "points.json"
+    other.write_text(json.dumps(rows))
+    file = imported(other, "--from", "results", "--annotations", str(labels))
+    assert file.names == whole.names
+    assert all(np.array_equal(file.boxes_of(row), whole.boxes_of(row)) for row in range(len(whole.names)))
+
+
 def test_results_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     labels, source = coco(tmp_path / "labels.json", ["cat"], []), results(tmp_path / "results.json")
     options = ["--from", "results", "--to", "npz", str(source), str(tmp_path / "o.npz")]

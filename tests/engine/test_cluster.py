@@ -243,6 +243,9 @@ def test_work_of_other_settings_is_not_mixed(folder: Path, monkeypatch: pytest.M
         cli.main(command(folder, "mixed.npz"))
     with pytest.raises(SystemExit):
         cli.main(command(folder, "mixed.npz", "--seed", "5"))
+    (folder / "others").mkdir()
+    with pytest.raises(SystemExit):  # features of the images so far are not those of another folder
+        cli.main(command(folder, "mixed.npz", "--images", str(folder / "others")))
     assert cli.main(command(folder, "mixed.npz", "--seed", "5", "--overwrite")) == 0
     with pytest.raises(SystemExit):
         cli.main(command(folder, "mixed.npz", "--seed", "5"))

@@ -97,8 +97,11 @@ class LabelledImages(Dataset[Sample]):
             boxes = flip_boxes(boxes, image.shape[2])
             masks = None if masks is None else masks.flip(2)
         image_id = int(self.annotations.image_ids[loaded.row])
-        kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)  # of a sliver at the border rounding may leave nothing
-        boxes, labels, masks = boxes[kept], labels[kept], None if masks is None else masks[kept]
+        kept = (boxes[:, 2:] > boxes[:, :2]).all(dim=1)
+        if (
+            not kept.all()
+        ):  # rounding may leave nothing of a sliver at the border; nearly always there is none to copy for
+            boxes, labels, masks = boxes[kept], labels[kept], None if masks is None else masks[kept]
         return Sample(image, boxes, labels, torch.arange(len(boxes)), loaded.size, image_id, skipped, masks, crowds)
 
     def wide(self) -> np.ndarray:

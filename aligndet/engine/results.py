@@ -32,7 +32,7 @@ def result_of(record: Any, size: tuple[int, int], where: str) -> dict[str, Any]:
     Raises:
         ValueError: one of them is missing or is none.
     """
-    score, box, mask = record.get("score"), record.get("bbox"), record.get("segmentation")
+    score, box, mask = record.get("score"), record.get("bbox"), record.get("segmentation") or None
     if mask is not None:
         if isinstance(mask, Mapping) and min(size) == 0:
             size = _size(mask)

@@ -28,7 +28,7 @@ from aligndet.engine.cocoeval import evaluator_note
 from aligndet.engine.distributed import World
 from aligndet.engine.ema import EMA
 from aligndet.engine.log import Log
-from aligndet.engine.validate import check_validation, detections_on, metrics_of
+from aligndet.engine.validate import detections_on, metrics_of, open_validation
 from aligndet.finetune import FineTune
 from aligndet.image_domain.simsiam import SimSiam
 from aligndet.models import build_detector, detector_class, options_of
@@ -240,7 +240,7 @@ def fine_tuning(config: Config, log: Log, world: World) -> Stage:
     for line in annotations.report_lines():
         log.warning(0, line)
     if data.val is not None:
-        check_validation(config, annotations.class_names, detector_class(config.model.detector).needs_masks)
+        open_validation(config, annotations.class_names, detector_class(config.model.detector).needs_masks)
         log.note(evaluator_note())
     build = fine_tuning_arguments(config, len(annotations.class_names))
     detector = build_detector(**build)

@@ -42,7 +42,7 @@ def validation_truth(config: Config, classes: Sequence[str], masks: bool = False
     )
 
 
-def check_validation(config: Config, classes: Sequence[str], masks: bool) -> None:
+def open_validation(config: Config, classes: Sequence[str], masks: bool) -> None:
     """Read what ``data.val`` names, so that what is wrong with it is said before the first step, not after the last.
 
     Raises:

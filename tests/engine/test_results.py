@@ -78,6 +78,12 @@ def test_masks_are_read_in_all_three_forms_and_give_the_box_where_there_is_none(
         assert coco_metrics(path, result, "segm")["AP"] == pytest.approx(1.0)
 
 
+def test_an_empty_segmentation_is_none(tmp_path: Path) -> None:
+    """Programs without masks write it beside the box."""
+    result = loaded(tmp_path, PLAIN | {"segmentation": []})
+    assert result.masks is None and result.boxes.tolist() == [A, A]
+
+
 def test_a_mask_without_a_pixel_is_written_and_read(tmp_path: Path) -> None:
     path = written(tmp_path, {1: [(3, A)]}, segmentation=SQUARE)
     save_predictions(tmp_path / "r.json", path, {1: found([(0.5, 0, A)], masks=torch.zeros_like(mask_of(A))[None])})
